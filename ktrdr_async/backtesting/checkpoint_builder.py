@@ -1,0 +1,151 @@
+"""Builds the checkpoint of an engine's last boundary, and reads one back. Nothing is saved here."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from ktrdr_async.backtesting import execution as ex
+from ktrdr_async.backtesting.ledger import REASONS, PriceRange, TradeBook, trades_of
+from ktrdr_async.backtesting.provenance import manifest_of
+from ktrdr_async.checkpoint.schemas import (
+    DEFAULT_EQUITY_SAMPLE_INTERVAL,
+    BacktestCheckpointState,
+    Counters,
+    EquitySample,
+    PositionState,
+    RecordedValue,
+    WaitingOrder,
+)
+from ktrdr_async.errors import CheckpointCorruptedError
+from ktrdr_async.strategies.state import check_state, decode_state
+
+if TYPE_CHECKING:
+    from ktrdr_async.backtesting.engine import BacktestingEngine
+    from ktrdr_async.backtesting.portfolio import Boundary, Recorded
+
+_SPELLED = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "-0.0": -0.0}
+
+
+class Since(msgspec.Struct, frozen=True):
+    """How much of each growing field is stored already; absolute counts."""
+
+    ledger: int = 0
+    samples: int = 0
+    recorded: int = 0
+
+
+def build_backtest_checkpoint_state(
+    engine: BacktestingEngine,
+    bar_index: int,
+    current_timestamp: int,
+    original_request: dict[str, Any] | None = None,
+    equity_sample_interval: int = DEFAULT_EQUITY_SAMPLE_INTERVAL,
+    *,
+    since: Since | None = None,
+) -> BacktestCheckpointState:
+    """The engine's state at its last boundary, which must be at `bar_index`.
+
+    Args:
+        engine: the engine; it stands at a boundary, or was interrupted after one.
+        bar_index: absolute index of the boundary's bar.
+        current_timestamp: that bar's timestamp, ns since the epoch, UTC.
+        original_request: the request as plain values; None: the engine's own.
+        equity_sample_interval: bars between two samples of the equity curve.
+        since: what is stored already; the growing fields start there. None: the state is whole, trades included.
+
+    Raises:
+        ValueError: if the boundary isn't at that bar and time.
+        UndeclaredStateError: if the strategy's state would come back as another value.
+    """
+    boundary, portfolio, bars = engine.boundary, engine.portfolio, engine.bars
+    if boundary.bar_index != bar_index or bar_index < 0:
+        raise ValueError(f"the engine's boundary is at bar {boundary.bar_index}, not {bar_index}")
+    if int(bars.timestamps[bar_index]) != current_timestamp:
+        raise ValueError(f"bar {bar_index} is at {bars.timestamps[bar_index]} ns, not {current_timestamp}")
+    start = since or Since()
+    strategy = engine.strategy
+    if boundary.strategy_state is not None:
+        check_state(decode_state(boundary.strategy_state, type(strategy.state)))
+    ledger = portfolio.events[start.ledger : boundary.events]
+    samples = range(start.samples * equity_sample_interval, bar_index + 1, equity_sample_interval)
+    prices = PriceRange(bars.low, bars.high)
+    return BacktestCheckpointState(
+        bar_index=bar_index,
+        current_date=str(np.datetime64(current_timestamp, "ns")) + "Z",
+        cash=boundary.book.money[ex.CASH],
+        positions=_positions(engine, boundary),
+        trades=trades_of(ledger, engine.request.lot_size, prices) if since is None else [],
+        equity_samples=[EquitySample(i, int(bars.timestamps[i]), float(engine.equity[i])) for i in samples],
+        original_request=engine.request.to_dict() if original_request is None else original_request,
+        ledger=ledger,
+        recorded=[RecordedValue(b, name, _spell(v)) for b, name, v in portfolio.recorded[start.recorded : boundary.recorded]],
+        ledger_from=start.ledger,
+        samples_from=start.samples,
+        recorded_from=start.recorded,
+        waiting=[
+            WaitingOrder(j, lots, REASONS[boundary.book.waiting_reason[j]], _tag(portfolio.tags, boundary.book.waiting_tag[j]))
+            for j, lots in enumerate(boundary.book.waiting)
+            if lots
+        ],
+        strategy_state=boundary.strategy_state,
+        counters=counters_of(boundary.book),
+        manifest=manifest_of(engine, bar_index),
+        state_digest=portfolio.state_digest(boundary),
+    )
+
+
+def counters_of(book: ex.Book) -> Counters:
+    """The counts that the ledger doesn't tell."""
+    tally = book.tally
+    first = [
+        (book.zero_target[j], book.zero_lot_value[j]) if book.zero_lots[j] else None for j in range(len(book.zero_lots))
+    ]
+    return Counters(
+        tally[ex.CUT], tally[ex.CUT_TO_ZERO], list(book.zero_lots), first, tally[ex.REFUSED], tally[ex.ORDERED_ROWS],
+        tally[ex.RUINED_AT],
+    )  # fmt: skip
+
+
+def recorded_values(state: BacktestCheckpointState, operation: str) -> list[Recorded]:
+    """The recorded values as floats. :raises CheckpointCorruptedError: if one is spelled in a way that isn't known."""
+    found: list[Recorded] = []
+    for record in state.recorded:
+        value = _SPELLED.get(record.value) if isinstance(record.value, str) else record.value
+        if value is None:
+            raise CheckpointCorruptedError(operation, f"the recorded value {record.value!r} at bar {record.bar} can't be")
+        found.append((record.bar, record.name, value))
+    return found
+
+
+def _spell(value: float) -> float | str:
+    if math.isfinite(value) and (value or math.copysign(1.0, value) > 0):
+        return value
+    return next(text for text, special in _SPELLED.items() if repr(special) == repr(value))
+
+
+def _tag(tags: list[str], number: int) -> str | None:
+    return None if number < 0 else tags[number]
+
+
+def _positions(engine: BacktestingEngine, boundary: Boundary) -> list[PositionState]:
+    portfolio, bars = engine.portfolio, engine.bars
+    if not any(boundary.book.lots):
+        return []
+    if boundary.events == len(portfolio.events):
+        book = portfolio.trades()
+    else:  # a block was interrupted after fills: the live book is past the boundary
+        book = TradeBook(engine.request.lot_size, PriceRange(bars.low, bars.high))
+        for event in portfolio.events[: boundary.events]:
+            book.apply(event)
+    found = []
+    for symbol in sorted(book.open):
+        trade = book.open[symbol]
+        mae, mfe = book.open_excursions(symbol, boundary.bar_index)
+        found.append(
+            PositionState(bars.symbols[symbol], trade.lots, trade.entry_bar, trade.entry_price, trade.fees, mae, mfe)
+        )
+    return found

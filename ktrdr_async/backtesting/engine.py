@@ -1,0 +1,475 @@
+"""The engine: pure computation as an async generator that yields at each boundary. It knows no database and no clock."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+
+import msgspec
+import numpy as np
+
+from ktrdr_async.backtesting import execution as ex
+from ktrdr_async.backtesting.checkpoint_builder import counters_of, recorded_values
+from ktrdr_async.backtesting.decisions import Decided, checked_features, checked_targets
+from ktrdr_async.backtesting.ledger import LedgerEvent, Trade
+from ktrdr_async.backtesting.portfolio import AccountView, Boundary, Portfolio, Recorded, equity_curve
+from ktrdr_async.backtesting.provenance import check_past, identity_of
+from ktrdr_async.backtesting.results import BacktestResults, Unfilled
+from ktrdr_async.errors import CheckpointCorruptedError, OrderError, StrategyError
+from ktrdr_async.strategies.bar import ORDER, QUANTITY, WEIGHT, Bar, Fill, TradeClosed
+from ktrdr_async.strategies.base import AnyStrategy, AsyncStrategy, Strategy, WeightStrategy
+from ktrdr_async.strategies.state import check_declared, check_state, decode_state, encode_state
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ktrdr_async.backtesting.request import BacktestRequest
+    from ktrdr_async.checkpoint.schemas import BacktestCheckpointState
+    from ktrdr_async.market import Bars
+
+T = TypeVar("T")
+
+BLOCK_BARS = 100
+_PIECE_VALUES = 256  # symbol-bars that are computed between two looks at the turn where targets are known
+_WINDOW_VALUES = 65_536  # values of a column that are turned into Python floats at a time
+
+
+class Block(msgspec.Struct, frozen=True):
+    """What is known at a boundary."""
+
+    bar_index: int  # absolute index of the block's last bar
+    timestamp: int  # of that bar, ns since the epoch, UTC
+    equity: float  # account currency, at its close
+    cash: float  # account currency
+    fills: int  # ledger events so far
+    trades: int  # trades that have ended so far
+
+
+class Turn(Protocol):
+    """Who may compute now; the engine asks between bars, and gives way when it is told to."""
+
+    def due(self) -> bool:
+        """Whether this turn is over."""
+
+    async def pass_on(self) -> None:
+        """Lets everybody else have a turn, and returns when it is ours again."""
+
+    async def enter(self) -> None:
+        """Waits for a turn. Entering twice is once."""
+
+    def leave(self) -> None:
+        """Gives the turn up, before something else is awaited. Leaving twice is once."""
+
+    async def offload(self, work: Callable[[], T]) -> T:
+        """Runs a large piece of one-off work where it holds the loop least."""
+
+
+class NoTurn:
+    """An engine that has the loop to itself."""
+
+    def due(self) -> bool:
+        """Never."""
+        return False
+
+    async def pass_on(self) -> None:
+        """Nothing to wait for."""
+
+    async def enter(self) -> None:
+        """Nothing to wait for."""
+
+    def leave(self) -> None:
+        """Nothing to give up."""
+
+    async def offload(self, work: Callable[[], T]) -> T:
+        """Does it here."""
+        return work()
+
+
+class BacktestingEngine:
+    """One backtest of one strategy over bars.
+
+    Args:
+        request: costs, capital and seed; what it says of data and strategy names was resolved by the caller.
+        bars: the bars, n >= 1.
+        strategy: one of the three kinds; the engine owns it for the run.
+        turn: asked between bars whether to give way; without one the engine only gives the loop a turn where its consumer does.
+        block_bars: bars between two yields.
+
+    Raises:
+        UndeclaredStateError: if the strategy could change outside its `state`.
+    """
+
+    def __init__(
+        self,
+        request: BacktestRequest,
+        bars: Bars,
+        strategy: AnyStrategy,
+        *,
+        turn: Turn | None = None,
+        block_bars: int = BLOCK_BARS,
+    ) -> None:
+        if block_bars < 1:
+            raise ValueError(f"block_bars is {block_bars}; a block has at least one bar")
+        check_declared(strategy)
+        self.request = request
+        self.bars = bars
+        self.strategy = strategy
+        self._state_type = None if strategy.state is None else type(strategy.state)
+        self._initial_state = strategy._initial_state or check_state(strategy.state)
+        object.__setattr__(strategy, "_initial_state", self._initial_state)
+        self.failed_bar: int | None = None  # the bar at which the strategy raised
+        self.resumed_from: int | None = None
+        self._turn: Turn = turn or NoTurn()
+        self._block_bars = block_bars
+        self._k = len(bars.symbols)
+        self._piece = max(1, min(block_bars, _PIECE_VALUES // self._k))
+        self._portfolio = Portfolio(request, bars, self._piece)
+        self._equity = np.full(len(bars), np.nan)
+        self._decided = Decided(strategy.warmup)
+        self._targets: NDArray[np.float64] | None = None
+        self._window = (0, 0)
+        self._opens: list[float] = []
+        self._closes: list[float] = []
+        self._rows: list[float] = []
+        self._decides: list[bool] = []
+        self._boundary = self._portfolio.boundary(-1, self._initial_state)
+        self._unfilled: tuple[Unfilled, ...] = ()
+        self._bar: Bar | None = None
+        self._started = False
+        self._finished = False
+
+    @property
+    def boundary(self) -> Boundary:
+        """The last boundary: the whole state at the last yield, also after an interruption inside a block."""
+        return self._boundary
+
+    @property
+    def portfolio(self) -> Portfolio:
+        """The account; at a boundary nothing moves in it."""
+        return self._portfolio
+
+    @property
+    def equity(self) -> NDArray[np.float64]:
+        """float64[n], account currency at each close; NaN where no bar was computed yet. Not to be written."""
+        return self._equity
+
+    @property
+    def decided(self) -> Decided:
+        """What `prepare` or the targets gave, and its digest up to a bar."""
+        return self._decided
+
+    async def run(self, resume_from: BacktestCheckpointState | None = None) -> AsyncIterator[Block]:
+        """Computes, and yields a `Block` at each boundary; after the last one comes the closing step.
+
+        Args:
+            resume_from: a whole checkpoint state to go on from.
+
+        Raises:
+            CheckpointMismatchError: if the state was made from other data, code or numbers.
+            CheckpointCorruptedError: if the state contradicts itself.
+            StrategyError: if the strategy breaks a rule. What it raises itself comes through with a note that names the bar.
+        """
+        if self._started:
+            raise RuntimeError("an engine runs once; make another one")
+        self._started = True
+        if self.strategy._bar is not None:
+            raise StrategyError(f"this {type(self.strategy).__name__} is in another run", hint="make one for each run")
+        self.strategy.state = decode_state(self._initial_state, self._state_type)
+        await self._turn.enter()
+        try:
+            await self._prepare()
+            first = 0 if resume_from is None else await self._restore(resume_from)
+            n, size = len(self.bars), self._block_bars
+            while first < n:
+                stop = min(n, (first // size + 1) * size)
+                if self._targets is None:
+                    await self._compute_bars(first, stop)
+                else:
+                    await self._compute_targets(first, stop)
+                self._boundary = self._portfolio.boundary(stop - 1, encode_state(self.strategy.state))
+                yield self._block()
+                first = stop
+            await self._close()
+        finally:
+            self._turn.leave()
+            object.__setattr__(self.strategy, "_bar", None)
+
+    def results(self) -> BacktestResults:
+        """The results of a run that has come to its end. :raises RuntimeError: if it hasn't."""
+        if not self._finished:
+            raise RuntimeError("the run hasn't come to its end; consume `run()` first")
+        return BacktestResults(
+            request=self.request,
+            bars=self.bars,
+            strategy=identity_of(self.strategy),
+            ledger=tuple(self._portfolio.events),
+            recorded=tuple(self._portfolio.recorded),
+            counters=counters_of(self._boundary.book),
+            unfilled=self._unfilled,
+            equity=self._equity,
+        )
+
+    def _block(self) -> Block:
+        boundary = self._boundary
+        money, tally = boundary.book.money, boundary.book.tally
+        at = boundary.bar_index
+        return Block(
+            at, int(self.bars.timestamps[at]), money[ex.EQUITY], money[ex.CASH], boundary.events, tally[ex.TRADES]
+        )
+
+    # Before the first bar.
+
+    async def _prepare(self) -> None:
+        strategy, bars = self.strategy, self.bars
+        features: dict[str, NDArray[np.float64]] = {}
+        if isinstance(strategy, WeightStrategy):
+            self._targets = await self._turn.offload(
+                lambda: checked_targets(strategy, bars, self.request.lot_size, self._decided)
+            )
+        elif isinstance(strategy, AsyncStrategy):
+            self._turn.leave()
+            given = await strategy.prepare(bars)
+            await self._turn.enter()
+            features = checked_features(strategy, bars, given, self._decided)
+        else:
+            features = await self._turn.offload(
+                lambda: checked_features(strategy, bars, strategy.prepare(bars), self._decided)
+            )
+        check_state(strategy.state)
+        self._boundary = self._portfolio.boundary(-1, encode_state(strategy.state))
+        if self._targets is None:
+            self._bar = Bar(bars, features, self.request.seed, AccountView(self._portfolio, bars.symbols))
+            object.__setattr__(strategy, "_bar", self._bar)
+
+    async def _restore(self, state: BacktestCheckpointState) -> int:
+        operation = "the checkpoint"
+        recorded: list[Recorded] = recorded_values(state, operation)
+
+        def restore() -> None:
+            check_past(self, state, operation)
+            self._portfolio.restore(state, recorded, operation)
+            upto = state.bar_index + 1
+            self._equity[:upto] = equity_curve(
+                state.ledger, self.bars.close[:upto], self.request.initial_capital, self.request.lot_size
+            )
+
+        await self._turn.offload(restore)
+        try:
+            self.strategy.state = decode_state(state.strategy_state, self._state_type)
+        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            raise CheckpointCorruptedError(operation, f"the strategy's state doesn't fit {self._state_type}: {error}") from error
+        self._boundary = self._portfolio.boundary(state.bar_index, state.strategy_state)
+        if self._portfolio.state_digest(self._boundary) != state.state_digest:
+            raise CheckpointCorruptedError(operation, f"the state at bar {state.bar_index} has another digest than was stored")
+        self.resumed_from = state.bar_index
+        return state.bar_index + 1
+
+    # Bars.
+
+    def _load_window(self, at: int) -> None:
+        """Turns the next bars of the columns that every bar needs into flat lists of floats."""
+        stop = min(len(self.bars), at + max(1, _WINDOW_VALUES // self._k // 16))
+        self._opens, self._closes = self.bars.open[at:stop].ravel().tolist(), self.bars.close[at:stop].ravel().tolist()
+        if self._targets is not None:
+            window = self._targets[at:stop]
+            self._decides = (~np.isnan(window)).any(axis=1).tolist()
+            self._rows = window.ravel().tolist()
+        self._window = (at, stop)
+        if self._bar is not None:
+            self._bar._window(at, stop)
+
+    async def _compute_targets(self, first: int, stop: int) -> None:
+        portfolio, turn, equity = self._portfolio, self._turn, [0.0] * self._piece
+        by_weight = self._decided.by_weight
+        at = first
+        while at < stop:
+            if not self._window[0] <= at < self._window[1]:
+                self._load_window(at)
+            start, end = self._window
+            count = min(self._piece, stop - at, end - at)
+            filled = ex.run_targets(
+                portfolio.book, portfolio.terms, self._k, self._opens, self._closes, self._rows, self._decides, by_weight,
+                at - start, at, count, equity, portfolio.fills,
+            )  # fmt: skip
+            if filled < 0:
+                raise self._too_many_lots(-1 - filled)
+            if filled:
+                portfolio.take_fills(filled)
+            self._equity[at : at + count] = equity[:count]
+            at += count
+            if turn.due():
+                await turn.pass_on()
+
+    async def _compute_bars(self, first: int, stop: int) -> None:
+        strategy = cast("Strategy | AsyncStrategy", self.strategy)
+        bar = cast("Bar", self._bar)
+        portfolio, turn, k = self._portfolio, self._turn, self._k
+        book, terms, fills = portfolio.book, portfolio.terms, portfolio.fills
+        money, tally, mark, lots, lot_size = book.money, book.tally, book.mark, book.lots, terms.lot_size
+        mark_close, due = ex.mark_close, turn.due
+        waits = isinstance(strategy, AsyncStrategy)
+        on_bar: Callable[[Bar], Any] = strategy.on_bar
+        begins = max(0, strategy.warmup - 1)
+        hooks = self._has_hooks()
+        equity: list[float] = []
+        at = first
+        try:
+            while at < stop:
+                if not self._window[0] <= at < self._window[1]:
+                    self._load_window(at)
+                start, end = self._window
+                opens, closes = self._opens, self._closes
+                for at in range(at, min(stop, end)):  # noqa: B020, PLW2901 - `at` is the bar that an error names
+                    row = (at - start) * k
+                    filled = 0
+                    if tally[ex.WAITING]:
+                        filled = ex.fill_waiting(book, terms, k, opens, row, at, fills, 0)
+                        portfolio.take_fills(filled)
+                    value = mark_close(money, mark, lots, lot_size, k, closes, row)
+                    equity.append(value)
+                    if value <= 0.0 and tally[ex.RUINED_AT] < 0:
+                        ex.go_bust(book, k, at)
+                    bar.index, bar._i = at, at - start
+                    if filled and hooks:
+                        await self._notify(filled)
+                    if at >= begins:
+                        if waits:
+                            turn.leave()
+                            await on_bar(bar)
+                            await turn.enter()
+                        else:
+                            on_bar(bar)
+                    if bar._decisions:
+                        self._decide(bar)
+                    if bar._recorded:
+                        portfolio.recorded.extend((at, name, number) for name, number in bar._recorded.items())
+                        bar._recorded.clear()
+                    if due():
+                        await turn.pass_on()
+                at += 1
+        except BaseException as error:
+            bar._decisions.clear()
+            bar._recorded.clear()
+            if isinstance(error, Exception):
+                self._name_bar(error, at)
+            raise
+        self._equity[first:stop] = equity
+
+    def _decide(self, bar: Bar) -> None:
+        """Turns the decisions of one bar into waiting orders."""
+        portfolio, book, terms = self._portfolio, self._portfolio.book, self._portfolio.terms
+        ordered = False
+        for j in sorted(bar._decisions):
+            decision = bar._decisions[j]
+            if book.tally[ex.RUINED_AT] >= 0:
+                book.tally[ex.REFUSED] += 1
+                continue
+            tag = portfolio.tag_number(decision.tag)
+            if decision.kind == WEIGHT:
+                order = ex.decide_weight(book, terms, j, decision.values[0], tag)
+                if order == ex.MAX_LOTS:
+                    raise self._too_many_lots(bar.index)
+            else:
+                lots = [ex.lots_of_quantity(value, terms.lot_size) for value in decision.values]
+                if any(abs(each) >= ex.MAX_LOTS for each in lots):
+                    raise self._too_many_lots(bar.index)
+                if decision.kind == QUANTITY:
+                    order = ex.decide_target(book, terms, j, lots[0], tag)
+                else:
+                    order = book.waiting[j]
+                    for each in lots:
+                        order += each
+                    ex.put_order(book, j, order, ex.ORDER, tag)
+            ordered = ordered or order != 0
+        book.tally[ex.ORDERED_ROWS] += ordered
+        bar._decisions.clear()
+
+    def _too_many_lots(self, at: int) -> OrderError:
+        error = OrderError(
+            f"an order at bar {at} comes to more than 2**53 lots of {self.request.lot_size}", hint="use a larger lot_size"
+        )
+        error.bar_index, error.timestamp = at, self._time(at)
+        return error
+
+    # What the strategy is told.
+
+    def _has_hooks(self) -> bool:
+        kind, base = type(self.strategy), AsyncStrategy if isinstance(self.strategy, AsyncStrategy) else Strategy
+        return kind.on_fill is not base.on_fill or kind.on_trade is not base.on_trade  # type: ignore[union-attr]
+
+    async def _notify(self, filled: int) -> None:
+        """Tells the strategy of the last `filled` events, in ledger order."""
+        strategy, bar = cast("Strategy", self.strategy), cast("Bar", self._bar)
+        ended = dict(self._portfolio.follow())
+        total = len(self._portfolio.events)
+        for index in range(total - filled, total):
+            event = self._portfolio.events[index]
+            await self._call(strategy.on_fill, bar, self._fill_of(event))
+            trade = ended.get(index)
+            if trade is not None:
+                await self._call(strategy.on_trade, bar, self._trade_of(trade))
+
+    async def _call(self, method: Callable[..., Any], *args: Any) -> None:
+        if isinstance(self.strategy, AsyncStrategy):
+            self._turn.leave()
+            await cast("Awaitable[None]", method(*args))
+            await self._turn.enter()
+        else:
+            method(*args)
+
+    def _fill_of(self, event: LedgerEvent) -> Fill:
+        symbol, size = self.bars.symbols[event.symbol], self.request.lot_size
+        return Fill(symbol, event.lots * size, event.price, event.fee, event.part, event.reason, event.tag)
+
+    def _trade_of(self, trade: Trade) -> TradeClosed:
+        assert trade.mae is not None  # noqa: S101 - the portfolio's book has the prices
+        assert trade.mfe is not None  # noqa: S101
+        return TradeClosed(
+            self.bars.symbols[trade.symbol], trade.side, trade.entry_bar, trade.exit_bar, trade.lots * self.request.lot_size,
+            trade.entry_price, trade.exit_price, trade.fees, trade.net_pnl, trade.mae, trade.mfe,
+        )  # fmt: skip
+
+    def _time(self, at: int) -> str:
+        return str(np.datetime64(int(self.bars.timestamps[at]), "ns").astype("datetime64[s]")) + "Z"
+
+    def _name_bar(self, error: Exception, at: int) -> None:
+        self.failed_bar = at
+        if isinstance(error, StrategyError) and error.bar_index < 0:
+            error.bar_index, error.timestamp = at, self._time(at)
+        symbols = ", ".join(self.bars.symbols[:5]) + (", ..." if self._k > 5 else "")
+        error.add_note(f"in {type(self.strategy).__name__} at bar {at}, {self._time(at)}, symbols {symbols}")
+
+    # After the last bar.
+
+    async def _close(self) -> None:
+        """The closing step: what waits is unfilled, what is open is closed at the last close."""
+        portfolio, last = self._portfolio, len(self.bars) - 1
+        book = portfolio.book
+        self._unfilled = tuple(
+            Unfilled(j, book.waiting[j], None if book.waiting_tag[j] < 0 else portfolio.tags[book.waiting_tag[j]])
+            for j in range(self._k)
+            if book.waiting[j] != 0
+        )
+        filled = 0
+        if self.request.force_close:
+            filled = ex.close_all(book, portfolio.terms, self._k, last, portfolio.fills)
+            portfolio.take_fills(filled)
+            self._equity[last] = ex.mark_close(
+                book.money, book.mark, book.lots, self.request.lot_size, self._k, self.bars.close[last].tolist(), 0
+            )
+        if self._bar is not None:
+            strategy = cast("Strategy", self.strategy)
+            self._bar._may_order = False
+            if not self._window[0] <= last < self._window[1]:
+                self._load_window(last)
+            self._bar.index, self._bar._i = last, last - self._window[0]
+            try:
+                if filled and self._has_hooks():
+                    await self._notify(filled)
+                await self._call(strategy.on_end, self._bar)
+            except Exception as error:
+                self._name_bar(error, last)
+                raise
+            portfolio.recorded.extend((last, name, value) for name, value in self._bar._recorded.items())
+        self._finished = True

@@ -1,0 +1,63 @@
+"""The request: everything that says which backtest this is, as a plain record that travels as JSON."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import msgspec
+
+from ktrdr_async.errors import ParameterError
+
+
+class BacktestRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One backtest: data, strategy, costs.
+
+    Raises:
+        ParameterError: if a value is out of its range; the message names the field, the value and the range.
+    """
+
+    data: str | None = None  # a data reference that another machine can read again; None: bars are handed over in memory
+    symbols: tuple[str, ...] = ()  # those to trade, in this order; empty: all that the data have
+    start: str | None = None  # first bar, inclusive, ISO 8601
+    end: str | None = None  # last bar, inclusive; a date without a time means that whole day
+    timeframe: str | None = None  # e.g. "1h"; None: the most common step
+    tz: str | None = None  # zone of times that carry none; None: UTC
+    timestamps: Literal["open", "close"] = "open"  # what the data's times name
+    date_format: str | None = None  # strptime format of the time column
+    features: tuple[str, ...] = ()  # further columns that travel with the bars
+    strategy: str | None = None  # registered name or module:Class; None: the strategy is handed over as an object
+    parameters: dict[str, Any] = {}
+    initial_capital: float = 100_000.0  # account currency, > 0
+    commission: float = 0.001  # fraction of notional a side, 0 <= commission < 1
+    slippage: float = 0.0005  # fraction of price against the order, 0 <= slippage < 1
+    lot_size: float = 1.0  # units in a lot, > 0
+    min_trade: float = 0.0  # fraction of equity below which a rebalance is skipped, 0 <= min_trade < 1
+    force_close: bool = True  # close what is open after the last bar
+    seed: int = 0  # of bar.rng, 0 <= seed < 2**64
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        if not (math.isfinite(self.initial_capital) and self.initial_capital > 0):
+            raise ParameterError(f"initial_capital is {self.initial_capital}; it must be a finite number above 0")
+        if not (math.isfinite(self.lot_size) and self.lot_size > 0):
+            raise ParameterError(f"lot_size is {self.lot_size}; it must be a finite number above 0")
+        for name in ("commission", "slippage", "min_trade"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ParameterError(f"{name} is {value}; it must be a fraction from 0 up to, not including, 1")
+        if not 0 <= self.seed < 2**64:
+            raise ParameterError(f"seed is {self.seed}; it must be from 0 to 2**64 - 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return dict(msgspec.to_builtins(self))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> BacktestRequest:
+        """Validates and rebuilds a request. :raises ParameterError: if a field has another type or range."""
+        try:
+            return msgspec.convert(data, cls, strict=True)
+        except msgspec.ValidationError as error:
+            cause = error.__cause__
+            raise cause if isinstance(cause, ParameterError) else ParameterError(f"the request: {error}") from error

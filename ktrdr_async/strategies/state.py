@@ -1,0 +1,212 @@
+"""A strategy's state: what may be in it, how it becomes bytes and comes back equal, and the search for state elsewhere.
+
+Bytes are msgpack of the struct's fields; numpy arrays go as tagged bytes (dtype, shape, content), checked before anything is
+allocated. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import enum
+import fractions
+import logging
+import pathlib
+import re
+import types
+import uuid
+from typing import Any, get_origin
+
+import msgspec
+import numpy as np
+
+from ktrdr_async.errors import UndeclaredStateError
+from ktrdr_async.strategies.base import OWN_ATTRIBUTES, AsyncStrategy, Strategy, StrategyBase, WeightStrategy
+
+_ARRAY = 1  # code of the msgpack extension that holds an array
+_DTYPE_KINDS = "biufcMSU"
+MAX_STATE_BYTES = 64 * 1024 * 1024
+
+
+def _encode_array(value: Any) -> msgspec.msgpack.Ext:
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in _DTYPE_KINDS or value.dtype.names is not None:
+            raise UndeclaredStateError(f"an array of dtype {value.dtype} can't be saved; kinds {_DTYPE_KINDS} can")
+        content = np.ascontiguousarray(value).tobytes()
+        header = (value.dtype.str, list(value.shape), bool(value.flags.writeable), content)
+        return msgspec.msgpack.Ext(_ARRAY, msgspec.msgpack.encode(header))
+    if isinstance(value, np.generic):
+        plain = {"f": "float", "i": "int", "u": "int", "b": "bool"}.get(value.dtype.kind, "item")
+        raise UndeclaredStateError(
+            f"the value {value!r} is a numpy scalar ({type(value).__name__}), which doesn't come back as one",
+            hint=f"store {plain}(...) instead",
+        )
+    raise UndeclaredStateError(f"a {type(value).__name__} can't be saved", hint="keep plain values, structs and arrays")
+
+
+def _decode_array(code: int, data: memoryview) -> Any:
+    if code != _ARRAY:
+        raise msgspec.ValidationError(f"unknown extension {code}")
+    dtype_text, shape, writeable, content = msgspec.msgpack.decode(data, type=tuple[str, list[int], bool, bytes])
+    if not re.fullmatch(r"[<>|=][a-zA-Z]\d*(\[\d*[a-z]+\])?", dtype_text):
+        raise msgspec.ValidationError(f"array dtype {dtype_text!r} isn't permitted")
+    dtype = np.dtype(dtype_text)
+    if dtype.kind not in _DTYPE_KINDS or len(shape) > 32 or any(side < 0 for side in shape):
+        raise msgspec.ValidationError(f"array of dtype {dtype_text!r} and shape {shape} isn't permitted")
+    size = dtype.itemsize
+    for side in shape:
+        size *= side
+    if size != len(content):
+        raise msgspec.ValidationError(f"array of shape {shape} needs {size} bytes and has {len(content)}")
+    values = np.frombuffer(content, dtype).reshape(shape)
+    return values.copy() if writeable else values
+
+
+def _as_array(kind: type, value: Any) -> Any:
+    # Fields annotated NDArray[...] arrive here with the array that the extension hook already made.
+    if isinstance(value, np.ndarray) and (get_origin(kind) or kind) is np.ndarray:
+        return value
+    raise msgspec.ValidationError(f"expected {kind}, got {type(value).__name__}")
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_encode_array)
+
+
+def encode_state(state: msgspec.Struct | None) -> bytes | None:
+    """The state as bytes. :raises UndeclaredStateError: if it holds what can't come back equal."""
+    if state is None:
+        return None
+    try:
+        return _encoder.encode(state)
+    except UndeclaredStateError as error:
+        raise UndeclaredStateError(f"{type(state).__name__}: {_path_of(state)}{error.message}", hint=error.hint) from None
+    except (TypeError, OverflowError, ValueError) as error:
+        raise UndeclaredStateError(f"{type(state).__name__} can't be saved: {error}") from error
+
+
+def decode_state(data: bytes | None, kind: type | None) -> Any:
+    """The state that `encode_state` made. :raises msgspec.ValidationError: if the bytes aren't one of this type."""
+    if data is None or kind is None:
+        if data is not None or kind is not None:
+            raise msgspec.ValidationError("the checkpoint and the strategy disagree on whether there is a state")
+        return None
+    if len(data) > MAX_STATE_BYTES:
+        raise msgspec.ValidationError(f"the state has {len(data)} bytes, more than {MAX_STATE_BYTES}")
+    return msgspec.msgpack.decode(data, type=kind, ext_hook=_decode_array, dec_hook=_as_array)
+
+
+def check_state(state: msgspec.Struct | None) -> bytes | None:
+    """The state's bytes, after proving that they come back as the same bytes.
+
+    Raises:
+        UndeclaredStateError: if a field would come back as another value or type, an int in a float's field for example.
+    """
+    data = encode_state(state)
+    if data is None or state is None:
+        return None
+    if len(data) > MAX_STATE_BYTES:
+        raise UndeclaredStateError(f"{type(state).__name__} has {len(data)} bytes, more than {MAX_STATE_BYTES}")
+    try:
+        again = decode_state(data, type(state))
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        raise UndeclaredStateError(f"{type(state).__name__} doesn't come back from its bytes: {error}") from error
+    if _encoder.encode(again) != data:
+        for name in type(state).__struct_fields__:
+            before, after = getattr(state, name), getattr(again, name)
+            if _encoder.encode(before) != _encoder.encode(after):
+                raise UndeclaredStateError(
+                    f"{type(state).__name__}.{name} holds {before!r} and would come back as {after!r}",
+                    hint="give the field the type that its values have",
+                )
+        raise UndeclaredStateError(f"{type(state).__name__} would come back as another value")
+    return data
+
+
+def _path_of(state: msgspec.Struct) -> str:
+    for name in type(state).__struct_fields__:
+        try:
+            _encoder.encode(getattr(state, name))
+        except UndeclaredStateError:
+            return f"field {name}: "
+    return ""
+
+
+_PLAIN = (
+    type(None), bool, int, float, complex, str, bytes, decimal.Decimal, fractions.Fraction, datetime.date, datetime.time,
+    datetime.timedelta, datetime.tzinfo, enum.Enum, uuid.UUID, pathlib.PurePath, re.Pattern, range, np.generic, np.dtype,
+    type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, logging.Logger,
+)  # fmt: skip
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, _PLAIN):
+        return True
+    if isinstance(value, tuple | frozenset):
+        return all(_is_constant(item) for item in value)
+    if isinstance(value, np.ndarray):
+        return not value.flags.writeable
+    if isinstance(value, types.MappingProxyType):
+        return all(_is_constant(item) for item in value.values())
+    if isinstance(value, msgspec.Struct):
+        return type(value).__struct_config__.frozen and all(
+            _is_constant(getattr(value, name)) for name in type(value).__struct_fields__
+        )
+    parameters = getattr(type(value), "__dataclass_params__", None)
+    if parameters is not None and parameters.frozen:
+        return all(_is_constant(item) for item in vars(value).values())
+    return type(value).__module__ == "pandas._libs.tslibs.timestamps"
+
+
+def check_declared(strategy: StrategyBase) -> None:
+    """Refuses a strategy that could change outside its `state`.
+
+    Raises:
+        UndeclaredStateError: if an attribute of the object or of its class could change, and isn't named in `resources`.
+    """
+    name_of = type(strategy).__name__
+    bases = (StrategyBase, WeightStrategy, Strategy, AsyncStrategy, object)
+    found: dict[str, Any] = {}
+    for cls in type(strategy).__mro__:
+        if cls in bases:
+            continue
+        for name in getattr(cls, "__slots__", ()):
+            if hasattr(strategy, name):
+                found.setdefault(name, getattr(strategy, name))
+        for name, value in vars(cls).items():
+            if isinstance(value, list | dict | set | bytearray) or (isinstance(value, np.ndarray) and value.flags.writeable):
+                if not name.startswith("__"):
+                    found.setdefault(name, value)
+    found.update(vars(strategy))
+    for name, value in found.items():
+        if name in OWN_ATTRIBUTES or name in strategy.resources or _is_constant(value):
+            continue
+        raise UndeclaredStateError(
+            f"{name_of}.{name} is a {type(value).__name__}, which can change unseen by a checkpoint",
+            hint="keep what changes in `state` (a msgspec.Struct), make constants tuples or read-only arrays, "
+            "and name models in `resources`",
+        )
+    if strategy.state is not None:
+        if not isinstance(strategy.state, msgspec.Struct):
+            raise UndeclaredStateError(
+                f"{name_of}.state is a {type(strategy.state).__name__}", hint="`state` is a msgspec.Struct"
+            )
+        _refuse_sets(type(strategy.state))
+
+
+def _refuse_sets(kind: type) -> None:
+    # A set's order depends on its history and the process's hash seed; a dict keeps its order in the bytes.
+    seen: set[int] = set()
+    waiting: list[Any] = [msgspec.inspect.type_info(kind)]
+    while waiting:
+        info = waiting.pop()
+        if isinstance(info, msgspec.inspect.SetType | msgspec.inspect.FrozenSetType):
+            raise UndeclaredStateError(
+                f"{kind.__name__} holds a set, whose order isn't the same in another process",
+                hint="use a dict or a sorted list",
+            )
+        if id(info) in seen or not isinstance(info, msgspec.Struct):
+            continue
+        seen.add(id(info))
+        for name in type(info).__struct_fields__:
+            value = getattr(info, name)
+            waiting.extend(value if isinstance(value, tuple) else [value])

@@ -76,7 +76,7 @@ class UndeclaredStateError(StrategyError):
 
 
 class OrderError(StrategyError):
-    """A decision breaks a rule of the market: an unknown symbol, a weight out of range, a symbol before its first bar."""
+    """A decision breaks a rule of the market: an unknown symbol, a weight out of range."""
 
     code = "bad_order"
 
@@ -156,7 +156,9 @@ class CheckpointMismatchError(CheckpointError):
 
     code = "checkpoint_mismatch"
 
-    def __init__(self, operation_id: str, message: str, *, differences: dict[str, tuple[str, str]], hint: str = "") -> None:
+    def __init__(
+        self, operation_id: str, message: str, *, differences: dict[str, tuple[str, str]], hint: str = ""
+    ) -> None:
         super().__init__(operation_id, message, hint=hint)
         self.differences = differences
 

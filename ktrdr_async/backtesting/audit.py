@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ktrdr_async.backtesting.results import BacktestResults
 
 
@@ -56,5 +58,5 @@ def audit(results: BacktestResults) -> Audit:
     )
 
 
-def _largest(differences: np.ndarray) -> float:  # type: ignore[type-arg]
+def _largest(differences: NDArray[np.float64]) -> float:
     return float(np.abs(differences).max()) if len(differences) else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -82,12 +83,16 @@ def build_backtest_checkpoint_state(
         equity_samples=[EquitySample(i, int(bars.timestamps[i]), float(engine.equity[i])) for i in samples],
         original_request=engine.request.to_dict() if original_request is None else original_request,
         ledger=ledger,
-        recorded=[RecordedValue(b, name, _spell(v)) for b, name, v in portfolio.recorded[start.recorded : boundary.recorded]],
+        recorded=[
+            RecordedValue(b, name, _spell(v)) for b, name, v in portfolio.recorded[start.recorded : boundary.recorded]
+        ],
         ledger_from=start.ledger,
         samples_from=start.samples,
         recorded_from=start.recorded,
         waiting=[
-            WaitingOrder(j, lots, REASONS[boundary.book.waiting_reason[j]], _tag(portfolio.tags, boundary.book.waiting_tag[j]))
+            WaitingOrder(
+                j, lots, REASONS[boundary.book.waiting_reason[j]], _tag(portfolio.tags, boundary.book.waiting_tag[j])
+            )
             for j, lots in enumerate(boundary.book.waiting)
             if lots
         ],
@@ -96,6 +101,15 @@ def build_backtest_checkpoint_state(
         manifest=manifest_of(engine, bar_index),
         state_digest=portfolio.state_digest(boundary),
     )
+
+
+def build_closing_state(engine: BacktestingEngine, since: Since) -> BacktestCheckpointState:
+    """The last boundary's state with the records of the closing step: what completion adds to the ledger's segments."""
+    last = engine.boundary.bar_index
+    state = build_backtest_checkpoint_state(engine, last, int(engine.bars.timestamps[last]), since=since)
+    state.ledger = engine.portfolio.events[since.ledger :]
+    state.recorded = [RecordedValue(b, name, _spell(v)) for b, name, v in engine.portfolio.recorded[since.recorded :]]
+    return state
 
 
 def counters_of(book: ex.Book) -> Counters:
@@ -110,13 +124,15 @@ def counters_of(book: ex.Book) -> Counters:
     )  # fmt: skip
 
 
-def recorded_values(state: BacktestCheckpointState, operation: str) -> list[Recorded]:
+def recorded_values(records: Sequence[RecordedValue], operation: str) -> list[Recorded]:
     """The recorded values as floats. :raises CheckpointCorruptedError: if one is spelled in a way that isn't known."""
     found: list[Recorded] = []
-    for record in state.recorded:
+    for record in records:
         value = _SPELLED.get(record.value) if isinstance(record.value, str) else record.value
         if value is None:
-            raise CheckpointCorruptedError(operation, f"the recorded value {record.value!r} at bar {record.bar} can't be")
+            raise CheckpointCorruptedError(
+                operation, f"the recorded value {record.value!r} at bar {record.bar} can't be"
+            )
         found.append((record.bar, record.name, value))
     return found
 

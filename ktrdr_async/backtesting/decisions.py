@@ -1,4 +1,4 @@
-"""What a strategy computes once over the whole history: targets and features, checked, with a digest of any prefix of rows."""
+"""What a strategy computes once over the whole history: targets and features, checked, with a digest of any prefix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Decided:
     """The rows that `prepare`, `target_weights` or `target_quantities` gave.
 
-    A digest of the rows up to a bar goes into every checkpoint: other rows on resume mean other code, other numbers, hidden
+    A digest of the rows up to a bar goes into every checkpoint: other rows on resume mean other code, other numbers,
+    hidden
     randomness, or rows that knew later bars.
     """
 
@@ -59,13 +60,17 @@ def checked_targets(strategy: WeightStrategy, bars: Bars, lot_size: float, decid
     name = type(strategy).__name__
     weights = type(strategy).target_weights is not WeightStrategy.target_weights
     quantities = type(strategy).target_quantities is not WeightStrategy.target_quantities
+    if weights and quantities and strategy.by_weight is not None:
+        weights, quantities = strategy.by_weight, not strategy.by_weight
     if weights == quantities:
         raise StrategyError(
             f"{name} implements {'both' if weights else 'none'} of target_weights and target_quantities",
-            hint="implement one of them",
+            hint="implement one of them, or both and `by_weight`, which says for each object which one counts",
         )
     method = "target_weights" if weights else "target_quantities"
-    rows = _as_rows(f"{name}.{method}", strategy.target_weights(bars) if weights else strategy.target_quantities(bars), bars)
+    rows = _as_rows(
+        f"{name}.{method}", strategy.target_weights(bars) if weights else strategy.target_quantities(bars), bars
+    )
     if rows.ndim == 1:
         rows = rows[:, None]
     if rows.shape != (len(bars), len(bars.symbols)):
@@ -75,7 +80,9 @@ def checked_targets(strategy: WeightStrategy, bars: Bars, lot_size: float, decid
     present = ~np.isnan(rows)
     _refuse(np.isinf(rows), rows, bars, f"{name}.{method}", "is not finite")
     if weights:
-        _refuse(present & (np.abs(rows) > 1.0), rows, bars, f"{name}.{method}", "is outside -1..1; there is no leverage")
+        _refuse(
+            present & (np.abs(rows) > 1.0), rows, bars, f"{name}.{method}", "is outside -1..1; there is no leverage"
+        )
     early = np.arange(len(bars))[:, None] < np.asarray(bars.first_bar)[None, :]
     _refuse(present & early, rows, bars, f"{name}.{method}", "comes before the symbol's first bar")
     decided.by_weight = weights
@@ -86,7 +93,7 @@ def checked_targets(strategy: WeightStrategy, bars: Bars, lot_size: float, decid
     _refuse(size >= MAX_LOTS, rows, bars, f"{name}.{method}", f"is more than 2**53 lots of {lot_size}")
     lots = np.floor(size)
     with np.errstate(invalid="ignore"):
-        lots[(lots + 1) - size <= 1e-9 * (lots + 1)] += 1
+        lots[(lots + 1) - size <= np.minimum(1e-9 * (lots + 1), 0.5)] += 1
         return np.where(rows < 0, -lots, lots)
 
 
@@ -136,5 +143,7 @@ def _refuse(wrong: NDArray[np.bool_], rows: NDArray[np.float64], bars: Bars, wha
     at, symbol = (int(x) for x in np.argwhere(wrong)[0])
     time = str(np.datetime64(int(bars.timestamps[at]), "ns").astype("datetime64[s]")) + "Z"
     raise OrderError(
-        f"{what}: {rows[at, symbol]} of {bars.symbols[symbol]} at bar {at} ({time}) {rule}", bar_index=at, timestamp=time
+        f"{what}: {rows[at, symbol]} of {bars.symbols[symbol]} at bar {at} ({time}) {rule}",
+        bar_index=at,
+        timestamp=time,
     )

@@ -1,9 +1,8 @@
-"""The engine: pure computation as an async generator that yields at each boundary. It knows no database and no clock."""
+"""The engine: pure computation, an async generator that yields at each boundary. It knows no database and no clock."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import msgspec
@@ -17,7 +16,7 @@ from ktrdr_async.backtesting.portfolio import AccountView, Boundary, Portfolio, 
 from ktrdr_async.backtesting.provenance import check_past, identity_of
 from ktrdr_async.backtesting.results import BacktestResults, Unfilled
 from ktrdr_async.errors import CheckpointCorruptedError, OrderError, StrategyError
-from ktrdr_async.strategies.bar import ORDER, QUANTITY, WEIGHT, Bar, Fill, TradeClosed
+from ktrdr_async.strategies.bar import QUANTITY, WEIGHT, Bar, Fill, TradeClosed
 from ktrdr_async.strategies.base import AnyStrategy, AsyncStrategy, Strategy, WeightStrategy
 from ktrdr_async.strategies.state import check_declared, check_state, decode_state, encode_state
 
@@ -93,7 +92,8 @@ class BacktestingEngine:
         request: costs, capital and seed; what it says of data and strategy names was resolved by the caller.
         bars: the bars, n >= 1.
         strategy: one of the three kinds; the engine owns it for the run.
-        turn: asked between bars whether to give way; without one the engine only gives the loop a turn where its consumer does.
+        turn: asked between bars whether to give way; without one the engine only gives the loop a turn where its
+            consumer does.
         block_bars: bars between two yields.
 
     Raises:
@@ -159,7 +159,7 @@ class BacktestingEngine:
         """What `prepare` or the targets gave, and its digest up to a bar."""
         return self._decided
 
-    async def run(self, resume_from: BacktestCheckpointState | None = None) -> AsyncIterator[Block]:
+    async def run(self, resume_from: BacktestCheckpointState | None = None) -> AsyncGenerator[Block, None]:
         """Computes, and yields a `Block` at each boundary; after the last one comes the closing step.
 
         Args:
@@ -168,7 +168,8 @@ class BacktestingEngine:
         Raises:
             CheckpointMismatchError: if the state was made from other data, code or numbers.
             CheckpointCorruptedError: if the state contradicts itself.
-            StrategyError: if the strategy breaks a rule. What it raises itself comes through with a note that names the bar.
+            StrategyError: if the strategy breaks a rule. What it raises itself comes through with a note that names
+                the bar.
         """
         if self._started:
             raise RuntimeError("an engine runs once; make another one")
@@ -244,7 +245,7 @@ class BacktestingEngine:
 
     async def _restore(self, state: BacktestCheckpointState) -> int:
         operation = "the checkpoint"
-        recorded: list[Recorded] = recorded_values(state, operation)
+        recorded: list[Recorded] = recorded_values(state.recorded, operation)
 
         def restore() -> None:
             check_past(self, state, operation)
@@ -258,10 +259,14 @@ class BacktestingEngine:
         try:
             self.strategy.state = decode_state(state.strategy_state, self._state_type)
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
-            raise CheckpointCorruptedError(operation, f"the strategy's state doesn't fit {self._state_type}: {error}") from error
+            raise CheckpointCorruptedError(
+                operation, f"the strategy's state doesn't fit {self._state_type}: {error}"
+            ) from error
         self._boundary = self._portfolio.boundary(state.bar_index, state.strategy_state)
         if self._portfolio.state_digest(self._boundary) != state.state_digest:
-            raise CheckpointCorruptedError(operation, f"the state at bar {state.bar_index} has another digest than was stored")
+            raise CheckpointCorruptedError(
+                operation, f"the state at bar {state.bar_index} has another digest than was stored"
+            )
         self.resumed_from = state.bar_index
         return state.bar_index + 1
 
@@ -273,7 +278,7 @@ class BacktestingEngine:
         self._opens, self._closes = self.bars.open[at:stop].ravel().tolist(), self.bars.close[at:stop].ravel().tolist()
         if self._targets is not None:
             window = self._targets[at:stop]
-            self._decides = (~np.isnan(window)).any(axis=1).tolist()
+            self._decides = cast("list[bool]", (~np.isnan(window)).any(axis=1).tolist())
             self._rows = window.ravel().tolist()
         self._window = (at, stop)
         if self._bar is not None:
@@ -289,7 +294,8 @@ class BacktestingEngine:
             start, end = self._window
             count = min(self._piece, stop - at, end - at)
             filled = ex.run_targets(
-                portfolio.book, portfolio.terms, self._k, self._opens, self._closes, self._rows, self._decides, by_weight,
+                portfolio.book, portfolio.terms, self._k, self._opens, self._closes, self._rows, self._decides,
+                by_weight,
                 at - start, at, count, equity, portfolio.fills,
             )  # fmt: skip
             if filled < 0:
@@ -320,7 +326,7 @@ class BacktestingEngine:
                     self._load_window(at)
                 start, end = self._window
                 opens, closes = self._opens, self._closes
-                for at in range(at, min(stop, end)):  # noqa: B020, PLW2901 - `at` is the bar that an error names
+                for at in range(at, min(stop, end)):  # noqa: B020 - an error names it
                     row = (at - start) * k
                     filled = 0
                     if tally[ex.WAITING]:
@@ -387,7 +393,8 @@ class BacktestingEngine:
 
     def _too_many_lots(self, at: int) -> OrderError:
         error = OrderError(
-            f"an order at bar {at} comes to more than 2**53 lots of {self.request.lot_size}", hint="use a larger lot_size"
+            f"an order at bar {at} comes to more than 2**53 lots of {self.request.lot_size}",
+            hint="use a larger lot_size",
         )
         error.bar_index, error.timestamp = at, self._time(at)
         return error
@@ -426,7 +433,8 @@ class BacktestingEngine:
         assert trade.mae is not None  # noqa: S101 - the portfolio's book has the prices
         assert trade.mfe is not None  # noqa: S101
         return TradeClosed(
-            self.bars.symbols[trade.symbol], trade.side, trade.entry_bar, trade.exit_bar, trade.lots * self.request.lot_size,
+            self.bars.symbols[trade.symbol], trade.side, trade.entry_bar, trade.exit_bar, trade.lots *
+            self.request.lot_size,
             trade.entry_price, trade.exit_price, trade.fees, trade.net_pnl, trade.mae, trade.mfe,
         )  # fmt: skip
 

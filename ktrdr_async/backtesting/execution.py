@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 ARITHMETIC_VERSION = 1
 
-# A column is a list of floats or ints (interpreted) or an array of them (compiled); indexing is all that is done with it.
+# A column is a list of floats or ints (interpreted) or an array of them (compiled); indexing is all that is done with
+# it.
 Floats = Any
 Ints = Any
 
@@ -71,14 +72,15 @@ def notional(lots: int, lot_size: float, price: float) -> float:
 
 
 def whole_lots(quotient: float) -> int:
-    """Floor of a quotient >= 0; one within 1e-9 (relative) of the next integer counts as that integer.
+    """Floor of a quotient >= 0; one within 1e-9 (relative) and half a lot of the next integer counts as that integer.
 
-    Returns MAX_LOTS where the quotient is beyond what counts exactly; the caller refuses it.
+    Without the half lot an exact count from 1e9 on would be taken for one more. Returns MAX_LOTS where the quotient is
+    beyond what counts exactly; the caller refuses it.
     """
     if not quotient < MAX_LOTS:
         return MAX_LOTS
     lots = math.floor(quotient)
-    if (lots + 1) - quotient <= 1e-9 * (lots + 1):
+    if (lots + 1) - quotient <= min(1e-9 * (lots + 1), 0.5):
         lots += 1
     return lots
 
@@ -110,7 +112,7 @@ def put_order(book: Book, symbol: int, lots: int, reason: int, tag: int) -> None
 
 def decide_target(book: Book, terms: Terms, symbol: int, target: int, tag: int) -> int:
     """Orders what leads from the lots held to `target`; a rebalance below `min_trade` is skipped. Returns the order."""
-    order = target - book.lots[symbol]
+    order: int = target - book.lots[symbol]
     if target != 0 and terms.min_trade > 0.0:
         value = abs(notional(order, terms.lot_size, book.mark[symbol]))
         if value < terms.min_trade * book.money[EQUITY]:
@@ -135,7 +137,16 @@ def decide_weight(book: Book, terms: Terms, symbol: int, weight: float, tag: int
 
 
 def _fill(
-    book: Book, terms: Terms, fills: Fills, at: int, bar: int, symbol: int, lots: int, requested: int, price: float, part: int
+    book: Book,
+    terms: Terms,
+    fills: Fills,
+    at: int,
+    bar: int,
+    symbol: int,
+    lots: int,
+    requested: int,
+    price: float,
+    part: int,
 ) -> None:
     """Moves cash and lots by one fill at `price` (before slippage), and writes it down at place `at`."""
     if lots > 0:
@@ -162,7 +173,7 @@ def _fill(
 
 
 def _free(book: Book, terms: Terms, k: int, opens: Floats, row: int) -> float:
-    """Buying power: cash plus positions less their gross, at the open where a symbol has a bar, else at its last close."""
+    """Buying power: cash plus positions less their gross, at the open where there is a bar, else at the last close."""
     total = book.money[CASH]
     gross = 0.0
     for j in range(k):
@@ -222,7 +233,8 @@ def fill_waiting(book: Book, terms: Terms, k: int, opens: Floats, row: int, bar:
 def mark_close(money: Floats, mark: Floats, lots: Ints, lot_size: float, k: int, closes: Floats, row: int) -> float:
     """Marks every symbol that has a bar at its close. Returns equity: cash, then what is held, in symbol order.
 
-    It takes the book's columns one by one: it is called at every bar, and looking them up would cost more than its sums.
+    It takes the book's columns one by one: it is called at every bar, and looking them up would cost more than its
+    sums.
     """
     equity: float = money[CASH]
     for j in range(k):
@@ -259,8 +271,10 @@ def run_targets(
 ) -> int:
     """Computes `count` bars of a strategy whose targets are known: bar `bar` on, which stands at `row` of the columns.
 
-    `targets` are weights, or lots already, one a symbol and row; NaN keeps. `decides` says of each row whether it holds any.
-    Writes equity[0..count-1]. Returns the number of fills, or -1 - bar where a weight comes to more lots than count exactly.
+    `targets` are weights, or lots already, one a symbol and row; NaN keeps. `decides` says of each row whether it
+    holds any.
+    Writes equity[0..count-1]. Returns the number of fills, or -1 - bar where a weight comes to more lots than count
+    exactly.
     """
     filled = 0
     money, tally, lots, mark, lot_size = book.money, book.tally, book.lots, book.mark, terms.lot_size

@@ -40,5 +40,7 @@ def export(results: BacktestResults, directory: str | Path) -> list[Path]:
         outcome.write_bytes(msgspec.json.format(msgspec.json.encode(results.outcome())) + b"\n")
         written.append(outcome)
     except OSError as error:
-        raise InputError(f"{target}: can't write the results: {error.strerror or error}", hint="name another directory") from error
+        raise InputError(
+            f"{target}: can't write the results: {error.strerror or error}", hint="name another directory"
+        ) from error
     return written

@@ -206,7 +206,15 @@ class LedgerDigest:
         for index in range(self.count, count):
             e = events[index]
             head = pack(
-                e.bar, e.symbol, e.lots, e.requested, e.price, e.fee, e.cash_after, PARTS.index(e.part), REASONS.index(e.reason)
+                e.bar,
+                e.symbol,
+                e.lots,
+                e.requested,
+                e.price,
+                e.fee,
+                e.cash_after,
+                PARTS.index(e.part),
+                REASONS.index(e.reason),
             )
             tag = b"" if e.tag is None else e.tag.encode()
             length = 0 if e.tag is None else len(tag) + 1

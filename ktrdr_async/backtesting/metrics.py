@@ -1,6 +1,7 @@
 """Performance figures, one function each: formula, unit, source and degenerate cases in its docstring.
 
-Returns are ratios of consecutive equities less 1. A figure that can't be computed is None, and `Metrics.notes` says why.
+Returns are ratios of consecutive equities less 1. A figure that can't be computed is None, and `Metrics.notes` says
+why.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     volatility: float | None  # annualised
     sharpe: float | None  # annualised, of returns a UTC day (intraday bars) or a bar
     sortino: float | None  # annualised, as sharpe
-    sharpe_per_bar: float | None  # not annualised
+    sharpe_per_bar: float | None  # annualised, of returns a bar
     max_drawdown: float  # <= 0, the peak starts at the initial capital
     longest_drawdown_bars: int
     exposure: float  # share of bars at whose close something is held
@@ -58,13 +59,15 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
 
 def bar_returns(equity: Floats) -> Floats:
     """float64[n - 1]: ratios of consecutive equities less 1."""
-    return equity[1:] / equity[:-1] - 1.0
+    returns: NDArray[np.float64] = equity[1:] / equity[:-1] - 1.0
+    return returns
 
 
 def daily_equity(equity: Floats, timestamps: NDArray[np.int64]) -> Floats:
     """The last equity of each UTC day that has a bar."""
     days = timestamps // DAY
-    return equity[np.append(np.flatnonzero(days[1:] != days[:-1]), len(days) - 1)]
+    last: Floats = equity[np.append(np.flatnonzero(days[1:] != days[:-1]), len(days) - 1)]
+    return last
 
 
 def periods_per_year(count: int, timestamps: NDArray[np.int64]) -> float | None:
@@ -74,7 +77,7 @@ def periods_per_year(count: int, timestamps: NDArray[np.int64]) -> float | None:
 
 
 def sharpe(returns: Floats, risk_free: float = 0.0) -> float | None:
-    """Mean excess return over its standard deviation, ddof 1 (Sharpe 1994, The Sharpe Ratio). None: zero deviation, < 2 returns.
+    """Mean excess return over its standard deviation, ddof 1 (Sharpe 1994). None: no deviation, or < 2 returns.
 
     A deviation below 1e-12 times the largest return is rounding, and counts as zero.
     """
@@ -88,11 +91,11 @@ def sharpe(returns: Floats, risk_free: float = 0.0) -> float | None:
 
 
 def sortino(returns: Floats, target: float = 0.0) -> float | None:
-    """Mean excess return over the root mean square of its negative part (Sortino and Price 1994). None: no losses."""
+    """Mean excess return over its downside deviation (Sortino and Price 1994), ddof 1. None: no losses, < 2 returns."""
     if len(returns) < 2:
         return None
     excess = returns - target
-    downside = math.sqrt(float(np.mean(np.minimum(excess, 0.0) ** 2)))
+    downside = math.sqrt(float(np.sum(np.minimum(excess, 0.0) ** 2)) / (len(excess) - 1))
     return float(np.mean(excess)) / downside if downside > 0 else None
 
 
@@ -123,7 +126,8 @@ def annual_return(total: float, years: float) -> float | None:
 def buy_and_hold(opens: Floats, closes: Floats) -> float | None:
     """Mean over symbols of last close / open of the symbol's second bar - 1, without costs.
 
-    The second bar is the first one at which an order could fill. A symbol with one bar counts 0; None: no symbol has two.
+    The second bar is the first one at which an order could fill. A symbol with one bar counts 0; None: no symbol has
+    two.
     """
     found = []
     for j in range(closes.shape[1]):
@@ -178,19 +182,19 @@ def compute(
     span = int(timestamps[-1] - timestamps[0])
     notes: list[str] = []
     alive = bool(np.all(equity > 0))
-    returns = bar_returns(equity)
     by_day = timeframe < DAY
     series = daily_equity(equity, timestamps) if by_day else equity
     periods = periods_per_year(len(series), timestamps)
     if not by_day and bars_per_year is not None:
         periods = bars_per_year
     total = float(equity[-1]) / initial_capital - 1.0
-    yearly = deviation = ratio = downside = None
+    yearly = deviation = ratio = downside = per_bar = None
+    bar_periods = bars_per_year if bars_per_year is not None else periods_per_year(n, timestamps)
     if span < SHORTEST_ANNUALISED:
         notes.append(f"annualised figures need 30 days; the bars span {span / DAY:.1f}")
     elif not alive:
         notes.append("annualised figures and Sharpe ratios need an equity above zero throughout")
-    elif periods is not None:
+    elif periods is not None and bar_periods is not None:
         sampled = bar_returns(series)
         yearly = annual_return(total, span / YEAR)
         each = volatility(sampled)
@@ -199,6 +203,8 @@ def compute(
         ratio = plain * math.sqrt(periods) if plain is not None else None
         below = sortino(sampled, risk_free / periods)
         downside = below * math.sqrt(periods) if below is not None else None
+        bare = sharpe(bar_returns(equity), risk_free / bar_periods)
+        per_bar = bare * math.sqrt(bar_periods) if bare is not None else None
         if ratio is None:
             notes.append("the returns don't vary: no Sharpe ratio")
     pnl = [trade.net_pnl for trade in trades]
@@ -215,7 +221,7 @@ def compute(
         volatility=deviation,
         sharpe=ratio,
         sortino=downside,
-        sharpe_per_bar=sharpe(returns) if alive else None,
+        sharpe_per_bar=per_bar,
         max_drawdown=max_drawdown(equity, initial_capital),
         longest_drawdown_bars=longest_drawdown(equity, initial_capital),
         exposure=exposure(ledger, n),
@@ -230,7 +236,7 @@ def compute(
         costs_share=(fees + slipped) / initial_capital,
         turnover=math.fsum(abs(e.lots) * lot_size * e.price for e in ledger) / initial_capital,
         bars=n,
-        periods_per_year=bars_per_year if bars_per_year is not None else periods_per_year(n, timestamps),
+        periods_per_year=bar_periods,
         notes=notes,
     )
 

@@ -1,6 +1,7 @@
 """The account of one run: all mutable state of the engine is named here, and a boundary carries all of it.
 
-What a run changes is: the `Book` (cash, lots, marks, waiting orders, counts), the ledger's events, the recorded values, the
+What a run changes is: the `Book` (cash, lots, marks, waiting orders, counts), the ledger's events, the recorded
+values, the
 table of tags, and the strategy's `state`. Everything else (equity, trades, excursions) follows from these and the bars.
 """
 
@@ -118,7 +119,7 @@ class Portfolio:
         return self._trades
 
     def state_digest(self, boundary: Boundary) -> str:
-        """SHA-256 over the canonical bytes of the whole state at a boundary; it costs what is new since the last one."""
+        """SHA-256 over the canonical bytes of the whole state at a boundary; it costs what is new."""
         found = hashlib.sha256(b"ktrdr_async state 1")
         book = boundary.book
         found.update(struct.pack("<qqq", boundary.bar_index, self.k, boundary.events))
@@ -213,7 +214,9 @@ def equity_curve(
     symbols that are held, in symbol order. Forced closes belong to the closing step and count at the last bar.
     """
     m = len(closes)
-    cash = _forward([e.bar for e in events], [e.cash_after for e in events], initial_capital, m, np.float64)
+    cash: NDArray[np.float64] = _forward(
+        [e.bar for e in events], [e.cash_after for e in events], initial_capital, m, np.float64
+    )
     steps: dict[int, tuple[list[int], list[int]]] = {}
     for event in events:
         bars, held = steps.setdefault(event.symbol, ([], [0]))

@@ -1,4 +1,4 @@
-"""What a run is made from: the strategy's identity and source, the manifest, and the check of a checkpoint against both."""
+"""What a run is made from: the strategy's identity and source, the manifest, and a checkpoint's check against both."""
 
 from __future__ import annotations
 

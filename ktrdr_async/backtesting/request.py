@@ -17,7 +17,9 @@ class BacktestRequest(msgspec.Struct, frozen=True, kw_only=True):
         ParameterError: if a value is out of its range; the message names the field, the value and the range.
     """
 
-    data: str | None = None  # a data reference that another machine can read again; None: bars are handed over in memory
+    data: str | None = (
+        None  # a data reference that another machine can read again; None: bars are handed over in memory
+    )
     symbols: tuple[str, ...] = ()  # those to trade, in this order; empty: all that the data have
     start: str | None = None  # first bar, inclusive, ISO 8601
     end: str | None = None  # last bar, inclusive; a date without a time means that whole day
@@ -50,14 +52,14 @@ class BacktestRequest(msgspec.Struct, frozen=True, kw_only=True):
             raise ParameterError(f"seed is {self.seed}; it must be from 0 to 2**64 - 1")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return dict(msgspec.to_builtins(self))
+        """JSON's values, as a database gives them back: lists, not tuples."""
+        return dict(msgspec.json.decode(msgspec.json.encode(self)))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> BacktestRequest:
         """Validates and rebuilds a request. :raises ParameterError: if a field has another type or range."""
         try:
-            return msgspec.convert(data, cls, strict=True)
+            return msgspec.convert(data, cls)
         except msgspec.ValidationError as error:
             cause = error.__cause__
             raise cause if isinstance(cause, ParameterError) else ParameterError(f"the request: {error}") from error

@@ -146,12 +146,14 @@ class BacktestResults:
     def digest(self) -> str:
         """Hex SHA-256 of what the run means and what it came to: equal digests, equal results, in every bit.
 
-        In: symbols, strategy and parameters, start, end, costs, seed, the bars, ledger, trades, equity. Not in: where the data
+        In: symbols, strategy and parameters, start, end, costs, seed, the bars, ledger, trades, equity. Not in: where
+            the data
         came from, ids, checkpoints, metrics, how the run went.
         """
         r = self.request
         meaning = (
-            list(self.bars.symbols), self.strategy.name, self.strategy.parameters, r.start, r.end, r.initial_capital, r.commission,
+            list(self.bars.symbols), self.strategy.name, self.strategy.parameters, r.start, r.end, r.initial_capital,
+            r.commission,
             r.slippage, r.lot_size, r.min_trade, r.force_close, r.seed, self.bars.fingerprint(),
         )  # fmt: skip
         found = hashlib.sha256(b"ktrdr_async result 1")
@@ -195,7 +197,7 @@ class BacktestResults:
 
     @cached_property
     def trades(self) -> pd.DataFrame:
-        """One row a trade from flat to flat: symbol, side, bars, times, quantity, prices, fees, P&L, excursions, tags."""
+        """One row a trade, flat to flat: symbol, side, bars, times, quantity, prices, fees, P&L, excursions, tags."""
         import pandas as pd
 
         size, trades = self.request.lot_size, self.trade_records
@@ -258,7 +260,17 @@ class BacktestResults:
                         "net_pnl": gross - fees,
                     }
                 )
-        columns = ["symbol", "side", "entry_bar", "exit_bar", "quantity", "entry_price", "exit_price", "fees", "net_pnl"]
+        columns = [
+            "symbol",
+            "side",
+            "entry_bar",
+            "exit_bar",
+            "quantity",
+            "entry_price",
+            "exit_price",
+            "fees",
+            "net_pnl",
+        ]
         return pd.DataFrame(rows, columns=columns)
 
     @cached_property

@@ -25,20 +25,25 @@ def rows_of(results: BacktestResults) -> list[tuple[str, str]]:
     m, counters, bars = results.metrics, results.counters, results.bars
     first, last = (str(results._times([i])[0])[:16] for i in (0, len(bars) - 1))
     zero = sum(counters.zero_lots)
+    names = ", ".join(bars.symbols[:6]) + (" ..." if len(bars.symbols) > 6 else "")
     return [
         ("strategy", f"{results.strategy.name} {_parameters(results)}".strip()),
-        ("bars", f"{len(bars):,} of {', '.join(bars.symbols[:6])}{' ...' if len(bars.symbols) > 6 else ''}, {first} to {last} UTC"),
+        (
+            "bars",
+            f"{len(bars):,} of {names}, {first} to {last} UTC",
+        ),
         ("final equity", f"{number(m.final_equity)} from {number(m.initial_capital)}"),
         ("total return", f"{percent(m.total_return)}   buy and hold {percent(m.buy_and_hold_return)}"),
         ("annual return", f"{percent(m.annual_return)}   volatility {percent(m.volatility)}"),
-        ("Sharpe", f"{number(m.sharpe)}   Sortino {number(m.sortino)}   a bar {number(m.sharpe_per_bar, 4)}"),
+        ("Sharpe", f"{number(m.sharpe)}   Sortino {number(m.sortino)}   by bars {number(m.sharpe_per_bar)}"),
         ("max drawdown", f"{percent(m.max_drawdown)}   longest {m.longest_drawdown_bars:,} bars"),
         ("trades", f"{m.trades:,}   won {percent(m.win_rate).lstrip('+')}   profit factor {number(m.profit_factor)}"),
         ("exposure", f"{m.exposure:.1%} of the bars   turnover {number(m.turnover, 1)} times the capital"),
         ("costs", f"{number(m.fees + m.slippage_paid)} = {m.costs_share:.1%} of the capital (fees {number(m.fees)})"),
         (
             "orders",
-            f"{len(results.ledger):,} fills   {counters.cut:,} cut   {len(results.unfilled_orders):,} unfilled   {zero:,} of zero lots",
+            f"{len(results.ledger):,} fills   {counters.cut:,} cut   {len(results.unfilled_orders):,} unfilled   "
+            f"{zero:,} of zero lots",
         ),
         ("digest", results.digest),
     ]
@@ -56,21 +61,23 @@ def warnings_of(results: BacktestResults) -> list[str]:
     for j, first in enumerate(counters.zero_lots_first):
         if first is not None:
             found.append(
-                f"{symbols[j]}: {counters.zero_lots[j]:,} targets came to zero lots; the first was for {number(first[0])}, one lot "
-                f"is {number(first[1])}: use a smaller lot_size or more capital"
+                f"{symbols[j]}: {counters.zero_lots[j]:,} targets came to zero lots; the first was for "
+                f"{number(first[0])}, one lot is {number(first[1])}: use a smaller lot_size or more capital"
             )
     if counters.cut:
         found.append(
             f"{counters.cut:,} orders were cut to the buying power, {counters.cut_to_zero:,} of them to nothing"
         )
     if results.ruined_at is not None:
-        found.append(f"equity was gone at bar {results.ruined_at}; {counters.refused_after_ruin:,} later orders were refused")
+        found.append(
+            f"equity was gone at bar {results.ruined_at}; {counters.refused_after_ruin:,} later orders were refused"
+        )
     for symbol, bars in results.stale_bars.items():
         found.append(f"{symbol} was held for {bars:,} bars at which it had no bar, marked at its last close")
     if len(results.bars) and counters.ordered_rows * 2 > len(results.bars):
         found.append(
-            f"{counters.ordered_rows:,} of {len(results.bars):,} bars ordered something: give NaN where nothing should change "
-            "(`on_change` does it), or set min_trade"
+            f"{counters.ordered_rows:,} of {len(results.bars):,} bars ordered something: give NaN where nothing should "
+            "change (`on_change` does it), or set min_trade"
         )
     if results.open_positions:
         found.append(f"left open: {', '.join(f'{q:g} {s}' for s, q in results.open_positions.items())}")

@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint was made from, so that a resume can prove that it reads the same past with the same code."""
+"""The manifest: what a checkpoint was made from, so that a resume can prove that it goes on with the same."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def environment() -> dict[str, str]:
 
 @functools.cache
 def numeric_probe() -> str:
-    """SHA-256 over functions whose bits change with CPU features, BLAS kernels and threads, libm and the Python version.
+    """SHA-256 over functions whose bits change with CPU features, BLAS kernels and threads, libm and Python.
 
     A strategy that isn't built in may use any of them; where the probe differs, its numbers may differ too.
     """

@@ -1,6 +1,7 @@
 """What a checkpoint holds: plain records, typed so that whatever a database returns is validated before it is used.
 
-Nothing here computes, saves or loads. New fields get defaults; a field's type never changes (`SCHEMA_VERSION` says which
+Nothing here computes, saves or loads. New fields get defaults; a field's type never changes (`SCHEMA_VERSION` says
+which
 shape a stored state has).
 """
 
@@ -72,7 +73,9 @@ class Counters(msgspec.Struct, frozen=True):
     cut: int = 0  # opening parts that buying power made smaller, cuts to zero included
     cut_to_zero: int = 0  # of these, the ones that left no fill
     zero_lots: list[int] = []  # weights other than zero that came to zero lots, a symbol each
-    zero_lots_first: list[tuple[float, float] | None] = []  # (target notional, notional of one lot) at the first of them
+    zero_lots_first: list[
+        tuple[float, float] | None
+    ] = []  # (target notional, notional of one lot) at the first of them
     refused_after_ruin: int = 0  # orders that came after equity had been lost
     ordered_rows: int = 0  # bars with at least one order
     ruined_at: int = -1  # bar whose close found equity <= 0; -1: never
@@ -104,6 +107,7 @@ class BacktestCheckpointState(msgspec.Struct, kw_only=True):
     strategy_state: bytes | None = None  # tagged msgpack of the strategy's `state`; base64 in JSON
     counters: Counters = Counters()
     manifest: Manifest | None = None
+    resumed_from: list[int] = []  # bars of the checkpoints that the run went on from so far; no part of the state
     state_digest: str = ""  # hex SHA-256 of the state at this bar, whatever was saved before it
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a strategy sees and says at one bar: the bar's values, the read-only past, and the orders of this one decision."""
+"""What a strategy sees and says at one bar: its values, the read-only past, and the orders of this one decision."""
 
 from __future__ import annotations
 
@@ -176,7 +176,8 @@ class Decision(msgspec.Struct):
 class Bar:
     """One bar, whole: a decision made from it fills from the next bar on.
 
-    `open`, `high`, `low`, `close` and `volume` are tuples with one float a symbol, NaN where the symbol has no bar. The same
+    `open`, `high`, `low`, `close` and `volume` are tuples with one float a symbol, NaN where the symbol has no bar.
+    The same
     object serves every bar of a run; what has to outlive `on_bar` is copied into the strategy's `state`.
     """
 
@@ -185,7 +186,9 @@ class Bar:
         "_open", "_portfolio", "_recorded", "_rng", "_seed", "_start", "_stop", "_volume", "index",
     )  # fmt: skip
 
-    def __init__(self, bars: Bars, features: dict[str, NDArray[np.float64]], seed: int, portfolio: PortfolioView) -> None:
+    def __init__(
+        self, bars: Bars, features: dict[str, NDArray[np.float64]], seed: int, portfolio: PortfolioView
+    ) -> None:
         self.index = -1  # absolute, 0-based
         self._bars = bars
         self._features = features
@@ -198,7 +201,8 @@ class Bar:
         self._may_order = True
         self._window(0, 0)
 
-    # The engine moves the bar: a window of rows is turned into Python floats a chunk at a time and a column when asked for.
+    # The engine moves the bar: a window of rows is turned into Python floats a chunk at a time and a column when asked
+    # for.
 
     def _window(self, start: int, stop: int) -> None:
         self._start, self._stop, self._i = start, stop, 0
@@ -266,7 +270,7 @@ class Bar:
         return self._volume[self._i]
 
     def feature(self, name: str) -> Any:
-        """This bar's row of a feature, from `prepare` or the data: a tuple with one float a column, or a float where it is 1-D."""
+        """This bar's row of a feature of `prepare` or the data: a float a column, or one float where it is 1-D."""
         rows = self._feature_rows.get(name)
         if rows is None:
             values = self._features.get(name)
@@ -307,13 +311,13 @@ class Bar:
     # Decisions.
 
     def target_weight(self, symbol: int | str, weight: float, *, tag: str | None = None) -> None:
-        """Orders a rebalance to `weight` of equity, -1..1. :raises OrderError: if the weight or the symbol can't be traded."""
+        """Orders a rebalance to `weight` of equity, -1..1. :raises OrderError: if it or the symbol can't be traded."""
         if not -1.0 <= weight <= 1.0:
             raise OrderError(f"weight {weight} of {self._name(symbol)} is outside -1..1", hint="there is no leverage")
         self._target(symbol, WEIGHT, weight, tag)
 
     def target_quantity(self, symbol: int | str, quantity: float, *, tag: str | None = None) -> None:
-        """Orders what leads to `quantity` signed units. :raises OrderError: if it isn't finite, or before the first bar."""
+        """Orders what leads to `quantity` signed units. :raises OrderError: if it or the symbol can't be traded."""
         self._finite(symbol, quantity)
         self._target(symbol, QUANTITY, quantity, tag)
 
@@ -327,7 +331,7 @@ class Bar:
                 self._target(position, QUANTITY, 0.0, tag)
 
     def order(self, symbol: int | str, quantity: float, *, tag: str | None = None) -> None:
-        """Orders `quantity` signed units more; several add up. :raises OrderError: if the symbol has a target in this bar."""
+        """Orders `quantity` signed units more; several add up. :raises OrderError: if the symbol has a target here."""
         self._finite(symbol, quantity)
         position = self._tradable(symbol)
         decision = self._decisions.get(position)
@@ -359,10 +363,13 @@ class Bar:
         position = self._position(symbol)
         if self._bars.first_bar[position] > self.index:
             raise OrderError(
-                f"{self._name(symbol)} has no bar yet: its first one is bar {self._bars.first_bar[position]}, this is {self.index}"
+                f"{self._name(symbol)} has no bar yet: its first is bar {self._bars.first_bar[position]}, "
+                f"this is {self.index}"
             )
         if not self._may_order:
-            raise OrderError("nothing can be ordered after the last bar", hint="on_end and the closing step's fills only look")
+            raise OrderError(
+                "nothing can be ordered after the last bar", hint="on_end and the closing step's fills only look"
+            )
         return position
 
     def _position(self, symbol: int | str) -> int:

@@ -28,8 +28,8 @@ OWN_ATTRIBUTES = frozenset({"state", "_parameters", "_sealed", "_bar", "_initial
 class StrategyMeta(type):
     """Checks the parameters of every strategy that is made, and seals it once its `__init__` is done."""
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Makes a strategy. :raises ParameterError: if a parameter is unknown, missing, of another type or out of range."""
+    def __call__(cls, /, *args: Any, **kwargs: Any) -> Any:
+        """Makes a strategy. :raises ParameterError: if a parameter is unknown, missing, of another type or range."""
         given = _checked_parameters(cls, args, kwargs)
         strategy = super().__call__(**given)
         object.__setattr__(strategy, "_parameters", types.MappingProxyType(given))
@@ -39,14 +39,15 @@ class StrategyMeta(type):
 
 def parameter_types(cls: type) -> dict[str, tuple[Any, Any]]:
     """The parameters that a strategy's class takes: name -> (annotated type, default or `inspect.Parameter.empty`)."""
-    if cls.__init__ is object.__init__:
+    constructor: Any = inspect.getattr_static(cls, "__init__")
+    if constructor is object.__init__:
         return {}
     try:
-        hints = get_type_hints(cls.__init__, include_extras=True)
+        hints = get_type_hints(constructor, include_extras=True)
     except NameError as error:
         raise ParameterError(f"{cls.__name__}.__init__: an annotation can't be read: {error}") from error
     found: dict[str, tuple[Any, Any]] = {}
-    for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
+    for name, parameter in list(inspect.signature(constructor).parameters.items())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise ParameterError(f"{cls.__name__}.__init__ takes *{name}: parameters are named", hint="name each one")
         found[name] = (hints.get(name, Any), parameter.default)
@@ -111,17 +112,19 @@ class StrategyBase(metaclass=StrategyMeta):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._sealed and name != "state":
-            where = {} if self._bar is None else {"bar_index": self._bar.index, "timestamp": self._bar.time.isoformat()}
             raise UndeclaredStateError(
                 f"{type(self).__name__}.{name} was set after __init__; only `state` may change",
                 hint="keep it in the strategy's `state`, a msgspec.Struct",
-                **where,
+                bar_index=-1 if self._bar is None else self._bar.index,
+                timestamp="" if self._bar is None else self._bar.time.isoformat(),
             )
         object.__setattr__(self, name, value)
 
     def __delattr__(self, name: str) -> None:
         if self._sealed:
-            raise UndeclaredStateError(f"{type(self).__name__}.{name} was deleted after __init__; only `state` may change")
+            raise UndeclaredStateError(
+                f"{type(self).__name__}.{name} was deleted after __init__; only `state` may change"
+            )
         object.__delattr__(self, name)
 
     @property
@@ -147,6 +150,11 @@ class WeightStrategy(StrategyBase):
     Row i may use bars 0..i only. NaN keeps what is; a number is an order to go there, once.
     """
 
+    @property
+    def by_weight(self) -> bool | None:
+        """For a class with both methods, whose parameters choose: True for weights, False for quantities."""
+        return None
+
     def target_weights(self, bars: Bars) -> NDArray[np.float64] | pd.DataFrame:
         """float64[n, k] (or a frame with the bars' index and columns): fractions of equity, -1..1."""
         raise NotImplementedError
@@ -159,12 +167,13 @@ class WeightStrategy(StrategyBase):
 class Strategy(StrategyBase):
     """Decides bar by bar.
 
-    `on_fill` and `on_trade` come in ledger order before `on_bar` of the same bar and may order like it; what one bar's calls
+    `on_fill` and `on_trade` come in ledger order before `on_bar` of the same bar and may order like it; what one bar's
+    calls
     order is one decision. `on_end` comes once after the closing step and can't order.
     """
 
     def prepare(self, bars: Bars) -> Mapping[str, NDArray[np.float64]]:
-        """Features, computed once over the full history: name -> float64[n] or float64[n, m]; row i may use bars 0..i only."""
+        """Features over the full history: name -> float64[n] or float64[n, m]; row i may use bars 0..i only."""
         return {}
 
     def on_bar(self, bar: Bar) -> None:
@@ -184,7 +193,8 @@ class Strategy(StrategyBase):
 class AsyncStrategy(StrategyBase):
     """A `Strategy` whose methods are coroutines, so that they may await a model server.
 
-    Exact across interruptions where the answers are functions of what was sent: a block that was interrupted is computed
+    Exact across interruptions where the answers are functions of what was sent: a block that was interrupted is
+    computed
     again from its boundary, and asks again.
     """
 

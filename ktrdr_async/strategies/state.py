@@ -1,6 +1,7 @@
 """A strategy's state: what may be in it, how it becomes bytes and comes back equal, and the search for state elsewhere.
 
-Bytes are msgpack of the struct's fields; numpy arrays go as tagged bytes (dtype, shape, content), checked before anything is
+Bytes are msgpack of the struct's fields; numpy arrays go as tagged bytes (dtype, shape, content), checked before
+anything is
 allocated. Nothing is ever unpickled.
 """
 
@@ -79,7 +80,9 @@ def encode_state(state: msgspec.Struct | None) -> bytes | None:
     try:
         return _encoder.encode(state)
     except UndeclaredStateError as error:
-        raise UndeclaredStateError(f"{type(state).__name__}: {_path_of(state)}{error.message}", hint=error.hint) from None
+        raise UndeclaredStateError(
+            f"{type(state).__name__}: {_path_of(state)}{error.message}", hint=error.hint
+        ) from None
     except (TypeError, OverflowError, ValueError) as error:
         raise UndeclaredStateError(f"{type(state).__name__} can't be saved: {error}") from error
 
@@ -99,7 +102,8 @@ def check_state(state: msgspec.Struct | None) -> bytes | None:
     """The state's bytes, after proving that they come back as the same bytes.
 
     Raises:
-        UndeclaredStateError: if a field would come back as another value or type, an int in a float's field for example.
+        UndeclaredStateError: if a field would come back as another value or type, an int in a float's field for
+            example.
     """
     data = encode_state(state)
     if data is None or state is None:
@@ -132,8 +136,10 @@ def _path_of(state: msgspec.Struct) -> str:
 
 
 _PLAIN = (
-    type(None), bool, int, float, complex, str, bytes, decimal.Decimal, fractions.Fraction, datetime.date, datetime.time,
-    datetime.timedelta, datetime.tzinfo, enum.Enum, uuid.UUID, pathlib.PurePath, re.Pattern, range, np.generic, np.dtype,
+    type(None), bool, int, float, complex, str, bytes, decimal.Decimal, fractions.Fraction, datetime.date,
+    datetime.time,
+    datetime.timedelta, datetime.tzinfo, enum.Enum, uuid.UUID, pathlib.PurePath, re.Pattern, range, np.generic,
+    np.dtype,
     type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, logging.Logger,
 )  # fmt: skip
 
@@ -161,7 +167,8 @@ def check_declared(strategy: StrategyBase) -> None:
     """Refuses a strategy that could change outside its `state`.
 
     Raises:
-        UndeclaredStateError: if an attribute of the object or of its class could change, and isn't named in `resources`.
+        UndeclaredStateError: if an attribute of the object or of its class could change, and isn't named in
+            `resources`.
     """
     name_of = type(strategy).__name__
     bases = (StrategyBase, WeightStrategy, Strategy, AsyncStrategy, object)
@@ -173,9 +180,8 @@ def check_declared(strategy: StrategyBase) -> None:
             if hasattr(strategy, name):
                 found.setdefault(name, getattr(strategy, name))
         for name, value in vars(cls).items():
-            if isinstance(value, list | dict | set | bytearray) or (isinstance(value, np.ndarray) and value.flags.writeable):
-                if not name.startswith("__"):
-                    found.setdefault(name, value)
+            if isinstance(value, list | dict | set | bytearray | np.ndarray) and not name.startswith("__"):
+                found.setdefault(name, value)
     found.update(vars(strategy))
     for name, value in found.items():
         if name in OWN_ATTRIBUTES or name in strategy.resources or _is_constant(value):

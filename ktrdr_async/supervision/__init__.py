@@ -1,0 +1,1 @@
+"""Joins engines, checkpoints and operations: who may compute, who saves, and how a run ends."""

@@ -1,0 +1,141 @@
+"""What an operation runs on: a request resolved to bars and a strategy, with the permissions of whoever asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import anyio.to_thread
+import msgspec
+
+from ktrdr_async.backtesting.provenance import identity_of
+from ktrdr_async.backtesting.request import BacktestRequest
+from ktrdr_async.errors import DataNotAllowedError, InputError, ParameterError
+from ktrdr_async.market import Bars
+from ktrdr_async.strategies.registry import make
+from ktrdr_async.strategies.state import check_declared, check_state
+from ktrdr_async.supervision.shielding import finish_or_raise
+
+if TYPE_CHECKING:
+    from ktrdr_async.strategies.base import AnyStrategy
+
+T = TypeVar("T")
+
+MEMORY = "memory:"  # a reference to bars that were handed over, by their fingerprint
+
+
+class Permissions(msgspec.Struct, frozen=True):
+    """What a request may name."""
+
+    trusted: bool  # the calling code or its own command line made the request
+    allow: tuple[str, ...] = ()  # module or module:Class
+    data_roots: tuple[str, ...] | None = None  # None: data may be read anywhere
+    cwd: bool = False  # look for modules in the current directory as well
+
+
+class Job(msgspec.Struct):
+    """A request with its bars and its strategy at hand."""
+
+    request: BacktestRequest
+    bars: Bars
+    strategy: AnyStrategy
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Runs large one-off work in a thread; a cancellation waits for it, as a thread can't be ended."""
+    return await finish_or_raise(lambda: anyio.to_thread.run_sync(work))
+
+
+async def resolve(
+    request: BacktestRequest, bars: Bars | None, strategy: AnyStrategy | None, permissions: Permissions
+) -> Job:
+    """Reads the data and makes the strategy. Nothing is started where one of them is wrong.
+
+    The job's request names what was handed over: a strategy object by its identity, bars in memory by their
+    fingerprint.
+
+    Raises:
+        InputError: if data, strategy or a parameter can't be used.
+    """
+    made = _strategy(request, strategy, permissions)
+    check_declared(made)
+    check_state(made.state)
+    identity = identity_of(made)
+    found = bars if bars is not None else await read_bars(request, permissions)
+    if bars is not None:
+        found = await in_thread(lambda: narrowed(bars, request))
+    reference = request.data
+    if bars is not None and (reference is None or reference.startswith(MEMORY)):
+        fingerprint = await in_thread(found.fingerprint)
+        if reference is not None and reference != MEMORY + fingerprint:
+            raise InputError(
+                f"these bars ({fingerprint[:12]}) are not those of the operation ({reference[len(MEMORY) :][:12]})",
+                hint="hand over the bars that it was started with",
+            )
+        reference = MEMORY + fingerprint
+    named = msgspec.structs.replace(
+        request, data=reference, strategy=request.strategy or identity.name, parameters=identity.parameters
+    )
+    return Job(named, found, made)
+
+
+async def read_bars(request: BacktestRequest, permissions: Permissions) -> Bars:
+    """Reads the bars that a request names. :raises InputError: if they can't be read, or mayn't be."""
+    reference = request.data
+    if reference is None or reference.startswith(MEMORY):
+        raise InputError(
+            "the request names no data that can be read again",
+            hint="hand the bars over: bars=..., or set the request's data",
+        )
+    if permissions.data_roots is not None and not reference.startswith("synthetic:"):
+        _check_roots(reference, permissions.data_roots)
+    return await in_thread(
+        lambda: Bars.read(
+            reference,
+            symbols=request.symbols,
+            timeframe=request.timeframe,
+            tz=request.tz,
+            timestamps=request.timestamps,
+            date_format=request.date_format,
+            features=request.features,
+            start=request.start,
+            end=request.end,
+        )
+    )
+
+
+def narrowed(bars: Bars, request: BacktestRequest) -> Bars:
+    """Bars in memory, cut to the request's symbols and range."""
+    if request.symbols and request.symbols != bars.symbols:
+        bars = bars.select(request.symbols)
+    return bars.between(request.start, request.end) if request.start or request.end else bars
+
+
+def _strategy(request: BacktestRequest, strategy: AnyStrategy | None, permissions: Permissions) -> AnyStrategy:
+    if strategy is not None:
+        if request.strategy is not None and request.strategy != identity_of(strategy).name:
+            raise ParameterError(
+                f"the request names the strategy {request.strategy!r}, the object is {identity_of(strategy).name!r}"
+            )
+        return strategy
+    if request.strategy is None:
+        raise ParameterError("the request names no strategy", hint="set the request's strategy, or hand an object over")
+    return make(
+        request.strategy,
+        request.parameters,
+        allow=permissions.allow,
+        trusted=permissions.trusted,
+        cwd=permissions.cwd,
+    )
+
+
+def _check_roots(reference: str, roots: tuple[str, ...]) -> None:
+    # A reference may be several files, SYM=path,SYM2=path2; each must lie under a root once links are followed.
+    resolved = [Path(root).resolve() for root in roots]
+    for part in reference.split(","):
+        path = Path(part.split("=", 1)[-1]).resolve()
+        if not any(path.is_relative_to(root) for root in resolved):
+            raise DataNotAllowedError(
+                "the operation's data lie outside the permitted roots", hint="open the worker with data_roots=(...)"
+            )

@@ -1,0 +1,100 @@
+"""A backtest without a database: the engine alone, with turns, awaited or from a script."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ktrdr_async.backtesting.engine import BacktestingEngine
+from ktrdr_async.backtesting.request import BacktestRequest
+from ktrdr_async.backtesting.results import BacktestResults, RunStatistics
+from ktrdr_async.errors import ParameterError
+from ktrdr_async.market import Bars
+from ktrdr_async.supervision.jobs import Permissions, in_thread, resolve
+from ktrdr_async.supervision.turns import turns_of_this_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pandas as pd
+
+    from ktrdr_async.backtesting.engine import Block
+    from ktrdr_async.strategies.base import AnyStrategy
+
+    Data = str | Bars | pd.DataFrame | Mapping[str, pd.DataFrame] | None
+
+
+async def backtest(
+    data: Data,
+    strategy: AnyStrategy | str,
+    *,
+    request: BacktestRequest | None = None,
+    on_block: Callable[[Block], None] | None = None,
+    cwd: bool = False,
+    **terms: Any,
+) -> BacktestResults:
+    """Runs a backtest on this loop, without a database: nothing is saved, and a cancelled run starts at bar 0 again.
+
+    Args:
+        data: a data reference, a frame or a dict of frames, `Bars`; None: the request's data.
+        strategy: a strategy, or a name.
+        request: a whole request; `terms` override its fields.
+        on_block: called at each boundary.
+        cwd: look for the strategy's module in the current directory too.
+        terms: fields of `BacktestRequest`: initial_capital, commission, slippage, lot_size, ...
+
+    Raises:
+        InputError: if data, strategy or a term can't be used.
+        StrategyError: if the strategy breaks a rule; what it raises itself comes through.
+    """
+    fields = {} if request is None else {name: getattr(request, name) for name in request.__struct_fields__}
+    unknown = terms.keys() - set(BacktestRequest.__struct_fields__)
+    if unknown:
+        raise ParameterError(
+            f"there is no {sorted(unknown)[0]!r} in a request",
+            hint=f"it has: {', '.join(BacktestRequest.__struct_fields__)}",
+        )
+    fields |= terms
+    if isinstance(data, str):
+        fields["data"] = data
+    if isinstance(strategy, str):
+        fields["strategy"] = strategy
+    made = BacktestRequest(**fields)
+    bars: Bars | None = None
+    if isinstance(data, Bars):
+        bars = data
+    elif data is not None and not isinstance(data, str):
+        frames = data
+        bars = await in_thread(
+            lambda: Bars.from_pandas(
+                frames,
+                symbols=made.symbols,
+                timeframe=made.timeframe,
+                tz=made.tz,
+                timestamps=made.timestamps,
+                features=made.features,
+            )
+        )
+    job = await resolve(made, bars, None if isinstance(strategy, str) else strategy, Permissions(trusted=True, cwd=cwd))
+    started = time.monotonic()
+    turn = turns_of_this_loop().turn()
+    engine = BacktestingEngine(job.request, job.bars, job.strategy, turn=turn)
+    async for block in engine.run():
+        if on_block is not None:
+            on_block(block)
+    results = engine.results()
+    results.run = RunStatistics(seconds=time.monotonic() - started, bars_computed=len(job.bars))
+    return results
+
+
+def backtest_sync(
+    data: Data, strategy: AnyStrategy | str, *, request: BacktestRequest | None = None, **terms: Any
+) -> BacktestResults:
+    """`backtest` for scripts. :raises RuntimeError: inside a running loop, where `await kt.backtest(...)` serves."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(backtest(data, strategy, request=request, **terms))
+    raise RuntimeError("a loop is running here: use `await kt.backtest(...)` instead of kt.backtest_sync(...)")

@@ -1,0 +1,386 @@
+"""The supervisor: the coroutine that consumes one engine, and saves what must not be lost.
+
+    block -> policy -> save -> mailbox -> progress
+
+Every save is awaited on this loop, in a task of its own until it is done, whatever happens to the supervisor meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import msgspec
+
+from ktrdr_async.backtesting.checkpoint_builder import Since, build_backtest_checkpoint_state, build_closing_state
+from ktrdr_async.backtesting.results import BacktestResults, RunStatistics
+from ktrdr_async.checkpoint.schemas import BacktestCheckpointState, CheckpointType
+from ktrdr_async.errors import (
+    CancellationError,
+    CheckpointCorruptedError,
+    CheckpointMismatchError,
+    KtrdrError,
+    OperationNotFoundError,
+    OwnershipLostError,
+)
+from ktrdr_async.operations.lifecycle import Status
+from ktrdr_async.supervision.mailbox import Ending, Mailbox, Progress
+from ktrdr_async.supervision.shielding import finish, finish_or_raise
+
+if TYPE_CHECKING:
+    from ktrdr_async.backtesting.engine import BacktestingEngine, Block
+    from ktrdr_async.checkpoint.policy import CheckpointPolicy
+    from ktrdr_async.checkpoint.service import CheckpointService
+    from ktrdr_async.operations.bounded import Source
+    from ktrdr_async.supervision.turns import OperationTurn
+
+logger = logging.getLogger("ktrdr_async.supervision")
+
+FINAL_SAVE_SECONDS = 10.0
+COMPLETION_SECONDS = 60.0
+_FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 30.0  # seconds between tries of a periodic save that failed
+_NOT_OURS = (OwnershipLostError, OperationNotFoundError)
+
+
+class Supervisor:
+    """Runs one engine under one claim to one of its ends.
+
+    Args:
+        operation_id: the operation.
+        engine: not started yet.
+        checkpoints: the service that holds the claim.
+        policy: when a checkpoint is due.
+        turn: the engine's turn.
+        mailbox: what others ask for.
+        prior: the status to go back to where nothing may change.
+        statistics: how the run goes; goes on across restarts.
+        last_line: where final saves go; None: the checkpoints' own database.
+        throttle: bars a second at most; None: as fast as it goes.
+        transient: errors after which the operation goes on from its checkpoint instead of having failed.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        operation_id: str,
+        engine: BacktestingEngine,
+        checkpoints: CheckpointService,
+        policy: CheckpointPolicy,
+        turn: OperationTurn,
+        mailbox: Mailbox,
+        *,
+        prior: Status,
+        statistics: RunStatistics,
+        last_line: Source | None = None,
+        throttle: float | None = None,
+        transient: tuple[type[Exception], ...] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.operation_id = operation_id
+        self.statistics = statistics
+        self.checkpoint_bar: int | None = None
+        self.restartable = False  # it ended with a transient error, and still holds its claim
+        self.final_save_error: BaseException | None = None
+        self._transient = transient
+        self._last_line = last_line
+        self._engine = engine
+        self._checkpoints = checkpoints
+        self._policy = policy
+        self._turn = turn
+        self._mailbox = mailbox
+        self._prior = prior
+        self._throttle = throttle
+        self._clock = clock
+        self._began = clock()
+        self._first_bar = 0
+        self._block: Block | None = None
+        self._retry_at: float | None = None
+        self._backoff = _FIRST_BACKOFF
+
+    async def run(self, state: BacktestCheckpointState | None) -> BacktestResults:
+        """Runs from `state`, or from bar 0, to an end.
+
+        Raises:
+            CancelledError: if this task was cancelled; its checkpoint is durable, or a note says why it isn't.
+            CancellationError: if the mailbox or another process asked for it.
+            OwnershipLostError: if a newer owner holds the operation; nothing was written.
+            Exception: what the strategy raised, with a note that names the bar.
+        """
+        if state is not None:
+            self._first_bar = state.bar_index + 1
+            self.checkpoint_bar = state.bar_index
+            self.statistics.resumed_from = [*state.resumed_from, state.bar_index]
+        self._policy.start(self._first_bar - 1)
+        self._began = self._clock()
+        try:
+            async with aclosing(self._engine.run(state)) as blocks:
+                async for block in blocks:
+                    self._block = block
+                    if self._due(block.bar_index):
+                        await self._save(CheckpointType.PERIODIC)
+                    if self._mailbox.waiting:
+                        await self._answer()
+                    if self._throttle is not None:
+                        await self._slow_down(block.bar_index, self._throttle)
+            self._finish_statistics()
+            results = await self._turn.offload(self._results)
+        except asyncio.CancelledError as error:
+            await self.end_cancelled(error)
+            raise
+        except _NOT_OURS:
+            raise
+        except (CheckpointMismatchError, CheckpointCorruptedError) as error:
+            await self._hand_back(error)
+            raise
+        except self._transient:
+            self._finish_statistics()
+            if self._engine.boundary.bar_index >= 0:
+                await self._save(CheckpointType.FAILURE)
+            self.restartable = True
+            raise
+        except Exception as error:
+            await self._end_failed(error)
+            raise
+        finally:
+            self._turn.leave()
+        return await self._complete(results)
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands."""
+        block, bars = self._block, len(self._engine.bars)
+        status = Status.RUNNING.value
+        if block is None:
+            return Progress(
+                operation_id=self.operation_id, status=status, bars=bars, checkpoint_bar=self.checkpoint_bar
+            )
+        elapsed = self._clock() - self._began
+        speed = (block.bar_index + 1 - self._first_bar) / elapsed if elapsed > 0 else None
+        return Progress(
+            operation_id=self.operation_id,
+            status=status,
+            bar_index=block.bar_index,
+            bars=bars,
+            timestamp=block.timestamp,
+            equity=block.equity,
+            trades=block.trades,
+            bars_per_second=speed,
+            seconds_left=(bars - 1 - block.bar_index) / speed if speed else None,
+            checkpoint_bar=self.checkpoint_bar,
+            paused=self._mailbox.paused,
+        )
+
+    def _results(self) -> BacktestResults:
+        results = self._engine.results()
+        results.run = self.statistics
+        _ = results.digest, results.metrics, results.warnings  # computed here, off the loop, and kept
+        return results
+
+    def _finish_statistics(self) -> None:
+        self.statistics.seconds += self._clock() - self._began
+        self.statistics.bars_computed += self._engine.boundary.bar_index + 1 - self._first_bar
+
+    # Checkpoints while it runs.
+
+    def _due(self, bar_index: int) -> bool:
+        if self._retry_at is not None:
+            return self._clock() >= self._retry_at
+        return self._policy.should_checkpoint(bar_index)
+
+    def _state(self) -> BacktestCheckpointState:
+        boundary, bars = self._engine.boundary, self._engine.bars
+        state = build_backtest_checkpoint_state(
+            self._engine, boundary.bar_index, int(bars.timestamps[boundary.bar_index]), since=self._since()
+        )
+        state.resumed_from = list(self.statistics.resumed_from)
+        return state
+
+    def _since(self) -> Since:
+        at = self._checkpoints.acknowledged
+        return Since(at.ledger, at.samples, at.recorded)
+
+    async def _save(self, kind: CheckpointType) -> bool:
+        """A save at a boundary. One that fails doesn't end the run: it is counted and tried again after a while."""
+        bar = self._engine.boundary.bar_index
+        state = self._state()
+        self._turn.leave()
+        started = self._clock()
+        done = await finish(lambda: self._checkpoints.save_checkpoint(self.operation_id, kind, state))
+        seconds = self._clock() - started
+        self.statistics.save_seconds += seconds
+        if done.error is None:
+            self.checkpoint_bar = bar
+            self.statistics.checkpoints_saved += 1
+            self._policy.record_checkpoint(bar, seconds)
+            self._retry_at, self._backoff = None, _FIRST_BACKOFF
+        elif not isinstance(done.error, Exception) or isinstance(done.error, _NOT_OURS):
+            raise done.error
+        else:
+            self.statistics.checkpoints_failed += 1
+            self._retry_at = self._clock() + self._backoff
+            logger.warning(
+                "%s: the checkpoint at bar %d failed (%s: %s); next try in %.0f s",
+                self.operation_id, bar, type(done.error).__name__, done.error, self._backoff,
+            )  # fmt: skip
+            self._backoff = min(2 * self._backoff, _LONGEST_BACKOFF)
+        if done.cancelled is not None:
+            raise done.cancelled
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        await self._turn.enter()
+        return done.error is None
+
+    async def _answer(self) -> None:
+        """What the mailbox asks for at a boundary."""
+        box = self._mailbox
+        while box.waiting:
+            asked, box.checkpoint_requests = box.checkpoint_requests, []
+            saved = await self._save(CheckpointType.PERIODIC)
+            for future in asked:
+                if future.done():
+                    continue
+                if saved:
+                    future.set_result(self._engine.boundary.bar_index)
+                else:
+                    future.set_exception(KtrdrError(f"{self.operation_id}: the checkpoint failed", hint="see the log"))
+            if box.paused:
+                self._turn.leave()
+                await box.until_going()
+                await self._turn.enter()
+
+    async def _slow_down(self, bar_index: int, throttle: float) -> None:
+        ahead = (bar_index + 1 - self._first_bar) / throttle - (self._clock() - self._began)
+        if ahead > 0:
+            self._turn.leave()
+            await anyio.sleep(ahead)
+            await self._turn.enter()
+
+    # Ends.
+
+    async def _complete(self, results: BacktestResults) -> BacktestResults:
+        """Result stored and checkpoint deleted, in one statement; a cancel that was committed before it wins."""
+        outcome = results.outcome()
+        state = build_closing_state(self._engine, self._since())
+        done = await finish(
+            lambda: self._checkpoints.finish(
+                Status.COMPLETED,
+                state=state,
+                result=msgspec.to_builtins(outcome),
+                result_digest=outcome.digest,
+                deadline=COMPLETION_SECONDS,
+            )
+        )
+        if isinstance(done.error, CancellationError):
+            await self._write_end(Status.CANCELLED, CheckpointType.CANCELLATION, None, done.error)
+        if done.cancelled is not None:
+            if done.error is not None:
+                done.cancelled.add_note(_note(self.operation_id, done.error))
+            raised = self._translated(done.cancelled)
+            if isinstance(raised, asyncio.CancelledError) or done.error is not None:
+                raise raised
+        if done.error is not None:
+            raise done.error
+        return results  # also where the mailbox asked for an end too late
+
+    async def end_cancelled(self, error: asyncio.CancelledError) -> None:
+        """A cancellation of this task: why it came decides what is written and what is raised."""
+        why = self._mailbox.ending
+        if why is Ending.LOST:
+            self._absorb_own_cancel()
+            raise OwnershipLostError(
+                self.operation_id, f"{self.operation_id}: a newer owner holds it; nothing was written"
+            ) from None
+        shutdown = why is Ending.SHUTDOWN
+        self._finish_statistics()
+        await self._write_end(
+            Status.INTERRUPTED if shutdown else Status.CANCELLED,
+            CheckpointType.SHUTDOWN if shutdown else CheckpointType.CANCELLATION,
+            None,
+            error,
+        )
+        translated = self._translated(error)
+        if translated is not error:
+            raise translated from None
+
+    def _translated(self, error: asyncio.CancelledError) -> BaseException:
+        """What is raised: the cancellation where it came from outside, else what the mailbox asked for."""
+        if self._mailbox.ending is None or self._absorb_own_cancel():
+            return error
+        reason = "shut down with its worker" if self._mailbox.ending is Ending.SHUTDOWN else "cancelled on request"
+        translated = CancellationError(
+            self.operation_id, f"{self.operation_id} was {reason}", hint=_resume_hint(self.operation_id)
+        )
+        for note in getattr(error, "__notes__", []):
+            translated.add_note(note)
+        return translated
+
+    @staticmethod
+    def _absorb_own_cancel() -> bool:
+        """Takes back the cancel that the mailbox sent to this task; whether others are still pending."""
+        task = asyncio.current_task()
+        return task is not None and task.uncancel() > 0
+
+    async def _end_failed(self, error: Exception) -> None:
+        found: dict[str, Any] = {
+            "type": type(error).__name__,
+            "message": str(error),
+            "bar": self._engine.failed_bar,
+            "notes": list(getattr(error, "__notes__", [])),
+        }
+        cancelled = await self._write_end(Status.FAILED, CheckpointType.FAILURE, found, error)
+        error.add_note(_resume_hint(self.operation_id))
+        if cancelled is not None:
+            cancelled.add_note(f"meanwhile the operation failed: {type(error).__name__}: {error}")
+            raise self._translated(cancelled)
+
+    async def _hand_back(self, error: KtrdrError) -> None:
+        """The checkpoint isn't for this code or these data: the operation goes back as it was."""
+        await finish_or_raise(
+            lambda: self._checkpoints.finish(self._prior, state=None, error=None, deadline=FINAL_SAVE_SECONDS)
+        )
+
+    async def _write_end(
+        self, status: Status, kind: CheckpointType, failure: dict[str, Any] | None, error: BaseException
+    ) -> asyncio.CancelledError | None:
+        """Writes status and last boundary in one statement. What goes wrong becomes a note on `error`."""
+        self._turn.leave()
+        state: BacktestCheckpointState | None = None
+        try:
+            if self._engine.boundary.bar_index >= 0:
+                state = self._state()
+        except Exception as broken:
+            logger.exception("%s: its last boundary can't be saved", self.operation_id)
+            error.add_note(_note(self.operation_id, broken))
+        done = await finish(
+            lambda: self._checkpoints.finish(
+                status,
+                state=state,
+                checkpoint_type=kind,
+                error=failure,
+                deadline=FINAL_SAVE_SECONDS,
+                through=self._last_line,
+            )
+        )
+        if done.error is None:
+            self.statistics.checkpoints_saved += state is not None
+            self.checkpoint_bar = state.bar_index if state is not None else self.checkpoint_bar
+        else:
+            self.statistics.checkpoints_failed += 1
+            self.final_save_error = done.error
+            logger.error("%s: the final save failed: %s: %s", self.operation_id, type(done.error).__name__, done.error)
+            error.add_note(_note(self.operation_id, done.error))
+        return done.cancelled
+
+
+def _note(operation_id: str, error: BaseException) -> str:
+    return (
+        f"the last save of {operation_id} failed: {type(error).__name__}: {error}; an earlier checkpoint still stands"
+    )
+
+
+def _resume_hint(operation_id: str) -> str:
+    return f"go on with: ktrdr-async resume {operation_id}"

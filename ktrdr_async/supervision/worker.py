@@ -1,0 +1,503 @@
+"""BacktestWorker, what services import: hundreds of operations on the caller's own loop; each verb takes an id."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import msgspec
+
+from ktrdr_async.backtesting.checkpoint_builder import recorded_values
+from ktrdr_async.backtesting.portfolio import equity_curve
+from ktrdr_async.backtesting.request import BacktestRequest
+from ktrdr_async.backtesting.results import BacktestResults, Outcome
+from ktrdr_async.checkpoint.service import CheckpointService
+from ktrdr_async.errors import (
+    AlreadyClaimedError,
+    CancellationError,
+    CheckpointMismatchError,
+    InvalidTransitionError,
+    OperationConflictError,
+    OperationFailedError,
+)
+from ktrdr_async.operations.lifecycle import Operation, Owner, Status, is_alive
+from ktrdr_async.operations.service import OperationsService
+from ktrdr_async.storage.database import Database
+from ktrdr_async.supervision.actor import Actor, Plan
+from ktrdr_async.supervision.heart import Heart, LastLine, Running
+from ktrdr_async.supervision.jobs import Permissions, in_thread, narrowed, read_bars
+from ktrdr_async.supervision.mailbox import Ending, Progress
+from ktrdr_async.supervision.shielding import finish_or_raise, until_done
+from ktrdr_async.supervision.turns import Turns
+
+if TYPE_CHECKING:
+    import asyncpg
+
+    from ktrdr_async.checkpoint.policy import CheckpointPolicy
+    from ktrdr_async.market import Bars
+    from ktrdr_async.strategies.base import AnyStrategy
+
+logger = logging.getLogger("ktrdr_async.supervision")
+
+POLL_SECONDS = 0.25
+
+
+class OperationHandle:
+    """An operation that this worker runs. Awaiting it cancels nothing: a client's disconnect ends no run."""
+
+    def __init__(self, worker: BacktestWorker, actor: Actor) -> None:
+        self._worker, self._actor = worker, actor
+
+    @property
+    def operation_id(self) -> str:
+        """The operation's id."""
+        return self._actor.operation_id
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, one way or another."""
+        return self._actor.task.done()
+
+    async def result(self) -> BacktestResults:
+        """Waits for the end.
+
+        Raises:
+            CancellationError: if it was cancelled on request or by its worker's leaving.
+            Exception: what ended it.
+        """
+        await asyncio.wait({self._actor.task})
+        return self._actor.outcome()
+
+    async def progress(self, interval: float = 0.1) -> AsyncIterator[Progress]:
+        """Where it stands, at most every `interval` seconds, until it has ended; the last one tells its end."""
+        seen: Progress | None = None
+        while not self._actor.task.done():
+            now = self._actor.progress()
+            if now != seen:
+                seen = now
+                yield now
+            await asyncio.wait({self._actor.task}, timeout=interval)
+        yield self._actor.progress()
+
+    def inspect(self) -> Progress:
+        """Where it stands now."""
+        return self._actor.progress()
+
+    async def cancel(self) -> None:
+        """Asks it to end and waits until its checkpoint is durable. :raises Exception: if that save failed."""
+        await self._worker.cancel(self.operation_id)
+
+    async def checkpoint(self) -> int:
+        """Asks for a checkpoint at the next boundary; its bar, once it is durable."""
+        return await self._actor.mailbox.ask_checkpoint()
+
+    def pause(self) -> None:
+        """Halts it at the next boundary, after a checkpoint."""
+        self._actor.mailbox.pause()
+
+    def go_on(self) -> None:
+        """Ends a halt."""
+        self._actor.mailbox.go_on()
+
+
+class BacktestWorker:
+    """Runs operations on this loop; made by `open`. Every verb takes an id and works from any process."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        allow: Sequence[str],
+        data_roots: Sequence[str | Path],
+        max_operations: int,
+        shutdown_seconds: float,
+        loop_share: float,
+        max_restarts: int,
+        transient: tuple[type[Exception], ...],
+    ) -> None:
+        self.database = database
+        self.operations = OperationsService(database)
+        self._allow = tuple(allow)
+        self._roots = None if database.embedded else tuple(str(root) for root in data_roots)
+        self._shutdown_seconds = shutdown_seconds
+        self._max_restarts, self._transient = max_restarts, transient
+        self._turns = Turns(loop_share=loop_share)
+        self._slots = asyncio.Semaphore(max_operations)
+        self._running: dict[str, Running] = {}
+        self._actors: dict[str, Actor] = {}
+        self._closing = False
+        self.owner = Owner.this_process()
+        self.last_line: LastLine | None = None  # where final saves go; set by `open`
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        dsn: str | None = None,
+        pool: asyncpg.Pool | None = None,
+        schema: str = "ktrdr",
+        migrate: bool = True,
+        allow: Sequence[str] = (),
+        resume_orphans: bool = False,
+        data_roots: Sequence[str | Path] = (),
+        max_operations: int = 1_000,
+        shutdown_seconds: float = 10.0,
+        *,
+        loop_share: float = 1.0,
+        max_restarts: int = 0,
+        transient: tuple[type[Exception], ...] = (ConnectionError, TimeoutError),
+    ) -> AsyncIterator[BacktestWorker]:
+        """Opens the database and a worker on it. Leaving shuts every operation down with a `shutdown` checkpoint.
+
+        Args:
+            dsn: PostgreSQL to use; None: `KTRDR_ASYNC_DATABASE`, or the embedded one.
+            pool: an asyncpg pool that the service owns, used as it is instead of a DSN.
+            schema: the schema of our tables.
+            migrate: bring the schema up to date.
+            allow: modules (`module` or `module:Class`) from which a stored operation's strategy may be imported.
+            resume_orphans: take up what was interrupted or whose owner has died.
+            data_roots: directories from which a stored operation's data may be read, unless the database is embedded.
+            max_operations: operations at once; more wait.
+            shutdown_seconds: for the final checkpoints of all of them together.
+            loop_share: share of the loop's time that all operations together may take.
+            max_restarts: how often an operation goes on from its checkpoint after a transient error.
+            transient: errors of a strategy that count as transient.
+
+        Raises:
+            DatabaseError: if the database can't be used.
+        """
+        async with Database.open(dsn, pool=pool, schema=schema, migrate=migrate) as database:
+            worker = cls(
+                database,
+                allow=allow,
+                data_roots=data_roots,
+                max_operations=max_operations,
+                shutdown_seconds=shutdown_seconds,
+                loop_share=loop_share,
+                max_restarts=max_restarts,
+                transient=transient,
+            )
+            async with database.reserved() as reserved:
+                worker.last_line = LastLine(database, reserved)
+                heart = asyncio.create_task(Heart(reserved, worker.operations, worker._running).beat_for_ever())
+                try:
+                    if resume_orphans:
+                        await worker._adopt_orphans()
+                    yield worker
+                finally:
+                    await finish_or_raise(lambda: worker._leave(heart))
+
+    async def _adopt_orphans(self) -> None:
+        """Takes up what was interrupted or whose owner has died, each as an actor of its own."""
+
+        def tell(task: asyncio.Task[BacktestResults]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.warning("%s, an orphan, ended: %s: %s", task.get_name(), type(error).__name__, error)
+
+        for orphan in await self.operations.orphans():
+            self._resume(orphan.operation_id).task.add_done_callback(tell)
+
+    # Running.
+
+    def start(
+        self,
+        request: BacktestRequest,
+        operation_id: str | None = None,
+        *,
+        bars: Bars | None = None,
+        strategy: AnyStrategy | None = None,
+        policy: CheckpointPolicy | None = None,
+        throttle: float | None = None,
+        cwd: bool = False,
+    ) -> OperationHandle:
+        """Starts an operation as a task of its own, or joins the one that this worker runs under the id.
+
+        Args:
+            request: what to run.
+            operation_id: 1 to 128 of A-Z a-z 0-9 . _ -; None: a random one.
+            bars: the bars, where the request's data name none.
+            strategy: the strategy, where it isn't looked up by name.
+            policy: when to checkpoint; None: the default policy.
+            throttle: bars a second at most.
+            cwd: look for the strategy's module in the current directory too.
+
+        Raises:
+            OperationConflictError: if this worker runs another request under the id.
+        """
+        name = operation_id or secrets.token_hex(8)
+        present = self._actors.get(name)
+        if present is not None and not present.task.done():
+            if present.plan.request is not None and present.plan.request != request:
+                raise OperationConflictError(name, f"{name} runs another request here", hint="choose another id")
+            return OperationHandle(self, present)
+        plan = Plan(
+            request=request,
+            bars=bars,
+            strategy=strategy,
+            permissions=Permissions(trusted=True, allow=self._allow, cwd=cwd),
+            policy=policy,
+            throttle=throttle,
+        )
+        return OperationHandle(self, self._spawn(name, plan))
+
+    async def run(
+        self,
+        request: BacktestRequest,
+        operation_id: str | None = None,
+        *,
+        bars: Bars | None = None,
+        strategy: AnyStrategy | None = None,
+        policy: CheckpointPolicy | None = None,
+        throttle: float | None = None,
+    ) -> BacktestResults:
+        """Starts an operation, goes on with it, or returns its finished result; idempotent by id.
+
+        Cancelling the awaiting task cancels the operation; its checkpoint is durable when the cancellation gets
+        through.
+
+        Raises:
+            OperationConflictError: if the id belongs to another request.
+            AlreadyClaimedError: if it runs elsewhere.
+            InputError: if data, strategy or a parameter can't be used; nothing was started.
+            CancelledError: if this task was cancelled.
+            CancellationError: if somebody else cancelled it.
+        """
+        handle = self.start(request, operation_id, bars=bars, strategy=strategy, policy=policy, throttle=throttle)
+        return await self._owned(handle._actor)
+
+    async def resume(
+        self,
+        operation_id: str,
+        *,
+        bars: Bars | None = None,
+        strategy: AnyStrategy | None = None,
+        policy: CheckpointPolicy | None = None,
+        throttle: float | None = None,
+        take_over: bool = False,
+    ) -> BacktestResults:
+        """Goes on from the last checkpoint; of a completed operation the stored result, of one that runs here that run.
+
+        Raises:
+            OperationNotFoundError: if there is none.
+            AlreadyClaimedError: if its owner is alive, or its lease isn't over (`take_over` claims it anyway).
+            CheckpointMismatchError: if data, code or numbers differ; nothing was changed.
+            CodeNotAllowedError: if its strategy isn't registered and no `allow` names it.
+        """
+        return await self._owned(
+            self._resume(
+                operation_id, bars=bars, strategy=strategy, policy=policy, throttle=throttle, take_over=take_over
+            )
+        )
+
+    def resume_handle(self, operation_id: str, **options: Any) -> OperationHandle:
+        """As `resume`, as a task of its own: what `start` is to `run`."""
+        return OperationHandle(self, self._resume(operation_id, **options))
+
+    def _resume(
+        self,
+        operation_id: str,
+        *,
+        bars: Bars | None = None,
+        strategy: AnyStrategy | None = None,
+        policy: CheckpointPolicy | None = None,
+        throttle: float | None = None,
+        take_over: bool = False,
+    ) -> Actor:
+        present = self._actors.get(operation_id)
+        if present is not None and not present.task.done():
+            return present
+        permissions = Permissions(trusted=False, allow=self._allow, data_roots=self._roots)
+        plan = Plan(
+            request=None,
+            bars=bars,
+            strategy=strategy,
+            permissions=permissions,
+            policy=policy,
+            throttle=throttle,
+            take_over=take_over,
+        )
+        return self._spawn(operation_id, plan)
+
+    def _spawn(self, operation_id: str, plan: Plan) -> Actor:
+        if self._closing:
+            raise InvalidTransitionError(operation_id, f"{operation_id} can't start: its worker is leaving")
+        actor = Actor(self, operation_id, plan, self._turns.turn())
+        self._actors[operation_id] = actor
+        actor.task.add_done_callback(lambda _: self._forget(actor))
+        return actor
+
+    def _forget(self, actor: Actor) -> None:
+        if self._actors.get(actor.operation_id) is actor:
+            del self._actors[actor.operation_id]
+
+    async def _owned(self, actor: Actor) -> BacktestResults:
+        """Waits for an actor whose life hangs on the awaiting task."""
+        try:
+            await asyncio.wait({actor.task})
+        except asyncio.CancelledError as error:
+            actor.task.cancel()
+            await until_done(actor.task)
+            for note in actor.notes():
+                error.add_note(note)
+            raise
+        return actor.outcome()
+
+    # Looking.
+
+    def handle(self, operation_id: str) -> OperationHandle | None:
+        """The handle of an operation that this worker runs now."""
+        actor = self._actors.get(operation_id)
+        return None if actor is None else OperationHandle(self, actor)
+
+    async def progress(self, operation_id: str, interval: float = POLL_SECONDS) -> AsyncIterator[Progress]:
+        """Where an operation of any process stands, until its end. :raises OperationNotFoundError: if there is none."""
+        actor = self._actors.get(operation_id)
+        if actor is not None:
+            async for now in OperationHandle(self, actor).progress(interval):
+                yield now
+            return
+        seen: Progress | None = None
+        while True:
+            row = await self.operations.get(operation_id)
+            now = progress_of(row)
+            if now != seen:
+                seen = now
+                yield now
+            if row.status not in (Status.PENDING, Status.RUNNING):
+                return
+            await anyio.sleep(interval)
+
+    async def results(self, operation_id: str, *, bars: Bars | None = None) -> BacktestResults:
+        """The stored result of a completed operation of any process, whole.
+
+        Raises:
+            OperationNotFoundError: if there is none.
+            OperationFailedError: if it failed.
+            CancellationError: if it was cancelled or interrupted.
+            InvalidTransitionError: if it hasn't ended.
+            CheckpointMismatchError: if its data aren't those of the run any more.
+        """
+        row = await self.operations.get(operation_id)
+        return await self.rebuild(row, bars, Permissions(trusted=False, allow=self._allow, data_roots=self._roots))
+
+    async def rebuild(self, row: Operation, bars: Bars | None, permissions: Permissions) -> BacktestResults:
+        """A completed operation's results, from its row, its ledger and its bars."""
+        if row.status is Status.FAILED:
+            error = row.error or {}
+            raise OperationFailedError(
+                row.operation_id, f"{row.operation_id} failed: {error.get('type')}: {error.get('message')}"
+            )
+        if row.status in (Status.CANCELLED, Status.INTERRUPTED):
+            raise CancellationError(
+                row.operation_id,
+                f"{row.operation_id} is {row.status.value}",
+                hint=f"go on with: ktrdr-async resume {row.operation_id}",
+            )
+        if row.status is not Status.COMPLETED or row.result is None:
+            raise InvalidTransitionError(
+                row.operation_id, f"{row.operation_id} is {row.status.value}: it has no result yet"
+            )
+        outcome = msgspec.convert(row.result, Outcome)
+        request = BacktestRequest.from_dict(row.request)
+        loaded = await CheckpointService(self.database, None).load_ledger(row.operation_id)
+        if bars is not None:
+            given = bars
+            found = await in_thread(lambda: narrowed(given, request))
+        else:
+            found = await read_bars(request, permissions)
+
+        def build() -> BacktestResults:
+            now = found.fingerprint()
+            if now != outcome.fingerprint:
+                raise CheckpointMismatchError(
+                    row.operation_id,
+                    f"the data of {row.operation_id} have changed since it ran",
+                    differences={"bars": (outcome.fingerprint, now)},
+                    hint="hand over the data that it ran on",
+                )
+            equity = equity_curve(loaded.ledger, found.close, request.initial_capital, request.lot_size)
+            results = BacktestResults(
+                request=request,
+                bars=found,
+                strategy=outcome.strategy,
+                ledger=tuple(loaded.ledger),
+                recorded=tuple(recorded_values(loaded.recorded, row.operation_id)),
+                counters=outcome.counters,
+                unfilled=tuple(outcome.unfilled),
+                equity=equity,
+                run=outcome.run,
+            )
+            _ = results.digest, results.metrics
+            return results
+
+        return await in_thread(build)
+
+    # Ending.
+
+    async def cancel(self, operation_id: str, *, timeout: float | None = 60.0) -> Operation:
+        """Cancels an operation of any process; its checkpoint is durable on return. One that has ended stays as it is.
+
+        Raises:
+            OperationNotFoundError: if there is none.
+            TimeoutError: if its owner doesn't answer within `timeout` seconds.
+            Exception: if the final save failed.
+        """
+        actor = self._actors.get(operation_id)
+        if actor is not None:
+            actor.end(Ending.CANCEL)
+            await asyncio.wait({actor.task})
+            actor.raise_failed_save()
+            return await self.operations.get(operation_id)
+        row = await self.operations.cancel(operation_id)
+        if row.status is Status.RUNNING and row.owner is not None and is_alive(row.owner) is False:
+            return await self._bury(row)
+        with anyio.fail_after(timeout):
+            while row.status is Status.RUNNING and row.cancel_requested:
+                await anyio.sleep(POLL_SECONDS / 2)
+                row = await self.operations.get(operation_id)
+        return row
+
+    async def _bury(self, row: Operation) -> Operation:
+        """Cancels what a dead process left running; its checkpoint stands."""
+        try:
+            claim = await self.operations.claim(row.operation_id, owner=self.owner)
+        except AlreadyClaimedError:
+            return await self.operations.get(row.operation_id)
+        await finish_or_raise(lambda: CheckpointService(self.database, claim).finish(Status.CANCELLED, state=None))
+        return await self.operations.get(row.operation_id)
+
+    async def shutdown(self) -> None:
+        """Ends every operation with a `shutdown` checkpoint; nothing starts here any more."""
+        self._closing = True
+        tasks = {actor.task for actor in self._actors.values()}
+        for actor in list(self._actors.values()):
+            actor.end(Ending.SHUTDOWN)
+        if not tasks:
+            return
+        _, late = await asyncio.wait(tasks, timeout=self._shutdown_seconds)
+        if late:
+            await self.database.terminate()  # what still waits for an answer ends with its connection
+            await asyncio.wait(late)
+
+    async def _leave(self, heart: asyncio.Task[None]) -> None:
+        try:
+            await self.shutdown()
+        finally:
+            heart.cancel()
+            await asyncio.wait({heart})
+
+
+def progress_of(row: Operation) -> Progress:
+    """What a stored operation tells of its progress."""
+    stored = (
+        msgspec.convert(row.progress, Progress) if row.progress else Progress(operation_id=row.operation_id, status="")
+    )
+    return msgspec.structs.replace(
+        stored, status=row.status.value, checkpoint_bar=row.checkpoint_bar, paused=row.paused
+    )

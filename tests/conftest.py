@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -14,7 +15,7 @@ import pytest
 
 from ktrdr_async.storage.database import DATABASE_VARIABLE, Database
 from ktrdr_async.storage.embedded import EmbeddedServer
-from ktrdr_async.storage.places import HOME_VARIABLE
+from ktrdr_async.storage.places import HOME_VARIABLE, prepare_home, version_directory
 from ktrdr_async.storage.record import Record
 
 
@@ -23,9 +24,16 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def make_home() -> Path:
-    """A directory for an embedded server. pytest's own are 0700, and as root the server's account couldn't pass."""
-    place = "/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()
+def make_home(*, on_disk: bool = False) -> Path:
+    """A directory for an embedded server. pytest's own are 0700: as root, the server's account couldn't pass.
+
+    In memory where there is room for it: the server syncs as it does in earnest, and a busy disk takes seconds for that.
+    """
+    places = [Path("/var/tmp"), Path(tempfile.gettempdir())]
+    memory = Path("/dev/shm")
+    if not on_disk and memory.is_dir() and shutil.disk_usage(memory).free > 2 * 1024**3:
+        places.insert(0, memory)
+    place = next(place for place in places if os.access(place, os.W_OK | os.X_OK))
     made = Path(tempfile.mkdtemp(prefix="ktrdr-test-", dir=place))
     made.chmod(0o755)
     return made
@@ -37,6 +45,24 @@ def remove_home(home: Path) -> None:
         assert EmbeddedServer(home).wait_until_stopped(30), f"the server in {home} is still running"
         shutil.rmtree(record.sockets, ignore_errors=True)
     shutil.rmtree(home)
+
+
+@pytest.fixture(scope="session")
+def initialized() -> Iterator[Path]:
+    """The directory of a stopped server, to be copied: initdb takes most of a cold start."""
+    made = make_home()
+    server = EmbeddedServer(made)
+    server.start()
+    server.release()
+    assert server.wait_until_stopped(60)
+    yield server.root
+    remove_home(made)
+
+
+def seed(home: Path, initialized: Path) -> None:
+    """Give a home the data directory of a server that was started and stopped once."""
+    prepare_home(home, shared_with_account=os.geteuid() == 0)
+    subprocess.run(["cp", "-a", str(initialized / "data"), str(version_directory(home) / "data")], check=True)
 
 
 @pytest.fixture
@@ -60,8 +86,9 @@ def private_home() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def embedded_server(private_home: Path) -> Iterator[EmbeddedServer]:
+def embedded_server(private_home: Path, initialized: Path) -> Iterator[EmbeddedServer]:
     """The session's server. A test that kills or stops a server makes one of its own."""
+    seed(private_home, initialized)
     server = EmbeddedServer()
     server.start()
     yield server

@@ -22,7 +22,6 @@ from ktrdr_async.checkpoint.schemas import (
     WaitingOrder,
 )
 from ktrdr_async.errors import CheckpointCorruptedError
-from ktrdr_async.strategies.state import check_state, decode_state
 
 if TYPE_CHECKING:
     from ktrdr_async.backtesting.engine import BacktestingEngine
@@ -60,7 +59,6 @@ def build_backtest_checkpoint_state(
 
     Raises:
         ValueError: if the boundary isn't at that bar and time.
-        UndeclaredStateError: if the strategy's state would come back as another value.
     """
     boundary, portfolio, bars = engine.boundary, engine.portfolio, engine.bars
     if boundary.bar_index != bar_index or bar_index < 0:
@@ -68,9 +66,6 @@ def build_backtest_checkpoint_state(
     if int(bars.timestamps[bar_index]) != current_timestamp:
         raise ValueError(f"bar {bar_index} is at {bars.timestamps[bar_index]} ns, not {current_timestamp}")
     start = since or Since()
-    strategy = engine.strategy
-    if boundary.strategy_state is not None:
-        check_state(decode_state(boundary.strategy_state, type(strategy.state)))
     ledger = portfolio.events[start.ledger : boundary.events]
     samples = range(start.samples * equity_sample_interval, bar_index + 1, equity_sample_interval)
     prices = PriceRange(bars.low, bars.high)

@@ -247,6 +247,19 @@ def mark_close(money: Floats, mark: Floats, lots: Ints, lot_size: float, k: int,
     return equity
 
 
+def mark_one(money: Floats, mark: Floats, lots: Ints, lot_size: float, k: int, closes: Floats, row: int) -> float:
+    """`mark_close` for one symbol, where an interpreted loop over one costs more than what it does."""
+    close = closes[row]
+    if close == close:
+        mark[0] = close
+    equity: float = money[CASH]
+    held = lots[0]
+    if held != 0:
+        equity += held * lot_size * mark[0]
+    money[EQUITY] = equity
+    return equity
+
+
 def go_bust(book: Book, k: int, bar: int) -> None:
     """Equity is gone at this close: everything held is closed at its next open, and nothing opens again."""
     book.tally[RUINED_AT] = bar
@@ -282,7 +295,10 @@ def run_targets(
         at = (row + i) * k
         if tally[WAITING] != 0:
             filled = fill_waiting(book, terms, k, opens, at, bar + i, fills, filled)
-        value = mark_close(money, mark, lots, lot_size, k, closes, at)
+        if k == 1:
+            value = mark_one(money, mark, lots, lot_size, k, closes, at)
+        else:
+            value = mark_close(money, mark, lots, lot_size, k, closes, at)
         equity[i] = value
         if value <= 0.0 and tally[RUINED_AT] < 0:
             go_bust(book, k, bar + i)

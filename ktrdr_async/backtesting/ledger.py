@@ -24,7 +24,7 @@ PARTS: tuple[Part, ...] = ("open", "close")
 REASONS: tuple[Reason, ...] = ("order", "ruin", "forced_close")
 
 
-class LedgerEvent(msgspec.Struct, frozen=True, array_like=True):
+class LedgerEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One fill. A fill that crosses zero is two events, a closing and an opening part."""
 
     bar: int  # absolute index of the bar at whose open it filled; n - 1 for the closing step
@@ -39,7 +39,7 @@ class LedgerEvent(msgspec.Struct, frozen=True, array_like=True):
     tag: str | None  # the strategy's own mark of the order
 
 
-class Trade(msgspec.Struct, frozen=True):
+class Trade(msgspec.Struct, frozen=True, gc=False):
     """A position's life from flat to flat, or to a change of sign."""
 
     symbol: int  # position of the symbol in the bars
@@ -58,7 +58,7 @@ class Trade(msgspec.Struct, frozen=True):
     mfe: float | None = None  # account currency, largest open P&L before exit costs
 
 
-class Leg(msgspec.Struct, frozen=True):
+class Leg(msgspec.Struct, frozen=True, gc=False):
     """A stretch of bars with one position: the open P&L at a price is `flow + position * price`."""
 
     bar: int  # first bar of the stretch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ import msgspec
 
 from ktrdr_async.backtesting.execution import ARITHMETIC_VERSION
 from ktrdr_async.checkpoint.manifest import Manifest, environment, numeric_probe
-from ktrdr_async.errors import CheckpointMismatchError
+from ktrdr_async.checkpoint.schemas import SCHEMA_VERSION
+from ktrdr_async.errors import CheckpointCorruptedError, CheckpointMismatchError, SchemaVersionError
 from ktrdr_async.strategies.base import StrategyBase
 
 if TYPE_CHECKING:
@@ -37,15 +39,24 @@ def identity_of(strategy: StrategyBase) -> StrategyIdentity:
     if kind.__module__.startswith(_OWN):
         name = getattr(kind, "name", kind.__qualname__)
         return StrategyIdentity(name, strategy.parameters, f"builtin:{getattr(kind, 'version', 1)}")
+    return StrategyIdentity(f"{kind.__module__}:{kind.__qualname__}", strategy.parameters, _source_digest(kind))
+
+
+@functools.cache
+def _source_digest(kind: type) -> str:
+    # Once a class: it costs milliseconds, and a file that is edited later isn't what this process runs.
     found = hashlib.sha256()
     for cls in kind.__mro__:
-        if cls.__module__.startswith("ktrdr_async.") or cls is object:
+        if cls is object:
+            continue
+        if cls.__module__.startswith("ktrdr_async."):
+            found.update(f"{cls.__qualname__}:{vars(cls).get('version', 1)}".encode())
             continue
         try:
             found.update(inspect.getsource(cls).encode())
         except (OSError, TypeError):
             found.update(f"{cls.__module__}:{cls.__qualname__}: no source at hand".encode())
-    return StrategyIdentity(f"{kind.__module__}:{kind.__qualname__}", strategy.parameters, found.hexdigest())
+    return found.hexdigest()
 
 
 def manifest_of(engine: BacktestingEngine, upto: int) -> Manifest:
@@ -67,8 +78,22 @@ def check_past(engine: BacktestingEngine, state: BacktestCheckpointState, operat
     """Refuses a checkpoint that this engine can't go on from.
 
     Raises:
+        SchemaVersionError: if newer code wrote it.
+        CheckpointCorruptedError: if it isn't whole.
         CheckpointMismatchError: if data, code, numbers or request differ; it holds each difference.
     """
+    if state.schema_version > SCHEMA_VERSION:
+        raise SchemaVersionError(
+            f"the checkpoint has schema version {state.schema_version}, this code knows {SCHEMA_VERSION}",
+            hint="upgrade ktrdr_async",
+        )
+    if state.ledger_from or state.recorded_from:
+        raise CheckpointCorruptedError(
+            operation,
+            f"the checkpoint isn't whole: its ledger starts at event {state.ledger_from}, what was recorded at value "
+            f"{state.recorded_from}",
+            hint="load it with its segments",
+        )
     n = len(engine.bars)
     if not 0 <= state.bar_index < n:
         raise CheckpointMismatchError(

@@ -159,6 +159,7 @@ class CheckpointService:
         """
         if self._claim is None:
             raise OwnershipLostError("", "a service without a claim can't end an operation")
+        status = Status(status)
         if status not in ENDINGS:
             raise InputError(f"a run can't end as {status}")
         if (status is Status.COMPLETED) != (result is not None and result_digest is not None):

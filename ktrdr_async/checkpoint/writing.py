@@ -46,14 +46,13 @@ async def build_save(claim: Claim, position: Position, state: BacktestCheckpoint
     """The statement that saves a state.
 
     Raises:
-        CheckpointError: if it doesn't continue what was acknowledged or can't be stored.
+        CheckpointError: if it doesn't continue what was acknowledged, or can't be stored.
     """
     segments, after = await _encode_segments(claim.operation_id, position, state)
     head, after = _encode_head(claim.operation_id, after, state, kind)
     query = "save_checkpoint" if position.revision else "save_first_checkpoint"
-    return _write(
-        query, claim, position, after, (*_head_arguments(head, after, kind), *segment_rows(segments)), segments
-    )
+    arguments = (*_head_arguments(head, after, kind), *segment_rows(segments))
+    return _write(query, claim, (position, after), arguments, (head.state,), segments)
 
 
 async def build_completion(
@@ -63,23 +62,16 @@ async def build_completion(
 
     Raises:
         CheckpointError: as `build_save`.
-        InputError: for the result.
+        InputError: if the result can't be stored.
     """
     segments: tuple[Segment, ...] = ()
     after = position
     if state is not None:
         segments, after = await _encode_segments(claim.operation_id, position, state)
-    arguments = (*segment_rows(segments), to_json(result), result_digest, after.segments, after.tip)
-    return _write(
-        "finish_completed",
-        claim,
-        position,
-        after,
-        arguments,
-        segments,
-        status=Status.COMPLETED,
-        result_digest=result_digest,
-    )
+    text = to_json(result)
+    arguments = (*segment_rows(segments), text, result_digest, after.segments, after.tip)
+    ending = {"status": Status.COMPLETED, "result_digest": result_digest}
+    return _write("finish_completed", claim, (position, after), arguments, (text,), segments, **ending)
 
 
 async def build_ending(
@@ -90,28 +82,34 @@ async def build_ending(
     status: Status,
     error: dict[str, Any] | None,
 ) -> Write:
-    """The statement that ends a run as cancelled, failed or interrupted. :raises CheckpointError: as `build_save`."""
+    """The statement that ends a run as cancelled, failed or interrupted.
+
+    Raises:
+        CheckpointError: as `build_save`.
+        InputError: if the error can't be stored.
+    """
     text = None if error is None else to_json(error, repair=True)
     if state is None:
-        arguments = (claim.operation_id, claim.epoch, claim.token, status.value, text)
-        return Write(HEADLESS, arguments, position, position, len(text or ""), 0, status)
+        alone = (claim.operation_id, claim.epoch, claim.token, status.value, text)
+        return Write(HEADLESS, alone, position, position, len(text or ""), 0, status)
     segments, after = await _encode_segments(claim.operation_id, position, state)
     head, after = _encode_head(claim.operation_id, after, state, kind)
     query = "finish_with_checkpoint" if position.revision else "finish_with_first_checkpoint"
     arguments = (*_head_arguments(head, after, kind), *segment_rows(segments), status.value, text)
-    return _write(query, claim, position, after, arguments, segments, status=status)
+    return _write(query, claim, (position, after), arguments, (head.state, text or ""), segments, status=status)
 
 
 def _write(
     query: str,
     claim: Claim,
-    before: Position,
-    after: Position,
+    step: tuple[Position, Position],
     rest: tuple[Any, ...],
+    texts: Sequence[str],
     segments: Sequence[Segment],
     **ending: Any,
 ) -> Write:
-    size = sum(len(part) for part in rest if isinstance(part, str)) + sum(len(segment.records) for segment in segments)
+    before, after = step
+    size = sum(len(text.encode()) for text in texts) + sum(len(segment.records.encode()) for segment in segments)
     if size > MAX_WRITE_BYTES:
         raise CheckpointTooLargeError(
             claim.operation_id,

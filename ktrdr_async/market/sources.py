@@ -68,7 +68,7 @@ def read(
         for symbol, path in _chosen(text, wanted, source):
             own = Source(path, show_values=roots is None)
             names = wanted if symbol is None else (symbol,)
-            with _opened(path, own, roots) as stream:
+            with opened(path, own, roots) as stream:
                 items += _file_items(
                     stream, path, own, symbols=names, tz=tz, features=features, date_format=date_format
                 )
@@ -139,7 +139,7 @@ def _chosen(text: str, wanted: tuple[str, ...], source: Source) -> Iterator[tupl
 
 
 @contextmanager
-def _opened(path: str, source: Source, roots: Sequence[str | os.PathLike[str]] | None) -> Iterator[BinaryIO]:
+def opened(path: str, source: Source, roots: Sequence[str | os.PathLike[str]] | None) -> Iterator[BinaryIO]:
     """Opens a regular file that lies in the roots; a file that is compressed with gzip is given decompressed."""
     if roots is not None:
         path = _permitted(path, roots)
@@ -156,9 +156,10 @@ def _opened(path: str, source: Source, roots: Sequence[str | os.PathLike[str]] |
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise source.error(f"the file can't be read: {reason}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise source.error("this is no regular file", hint="a data reference must be readable again")
     with os.fdopen(descriptor, "rb") as raw:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise source.error("this is no regular file", hint="a data reference must be readable again")
         head = raw.read(8)
         raw.seek(0)
         for magic, kind in _OTHER_KINDS.items():

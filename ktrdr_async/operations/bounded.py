@@ -7,10 +7,14 @@ connection does. So the work runs in a task of its own, and what stops it is `te
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
+import asyncpg
+
 T = TypeVar("T")
+SLACK = 0.5  # seconds after the deadline before the task is stopped from here
 GRACE = 2.0  # seconds that a task whose connection was cut gets to end
 
 
@@ -53,7 +57,8 @@ async def bounded(source: Source, work: Callable[[Any], Awaitable[T]], *, second
 
     task = asyncio.create_task(source.retrying(on, seconds=seconds))
     try:
-        await asyncio.wait({task}, timeout=seconds)
+        # The source cuts the connection at the deadline; this is for one that doesn't get to it.
+        await asyncio.wait({task}, timeout=seconds + SLACK)
     except BaseException:
         stopped = True
         await _stop(task, held)
@@ -72,7 +77,9 @@ async def _stop(task: asyncio.Task[Any], held: list[Any]) -> None:
     started = loop.time()
     while not task.done() and (waited := loop.time() - started) < 2 * GRACE:
         if held:
-            held[0].terminate()
+            # A pool's connection that is closed already says that it was given back.
+            with contextlib.suppress(asyncpg.InterfaceError):
+                held[0].terminate()
         if not held or waited >= GRACE:
             task.cancel()
         try:

@@ -11,27 +11,22 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
 from ktrdr_async.errors import EmbeddedServerError
-from ktrdr_async.storage import cluster, keeper, places
-from ktrdr_async.storage.accounts import Account, choose_account, copy_for_account, environment
+from ktrdr_async.storage import cluster, keeper, locks, places
+from ktrdr_async.storage.accounts import choose_account, copy_for_account
 from ktrdr_async.storage.record import DATABASE, ROLE, Record, answers, postmaster, ready
 
 PORT = 5432  # only part of the socket's name: there is no TCP
 START_PATIENCE = 300.0  # seconds; crash recovery of a large database takes its time
+LAUNCHES = 3  # the keeper or the server may be killed while it starts; what fails for a reason fails as often
 FOREIGN_PATIENCE = 5.0  # seconds for a server that can't be reached from here to answer all the same
-    2.0  # seconds that a running server may be without a socket: it makes it before it does anything else
-)
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +96,9 @@ class EmbeddedServer:
         places.prepare_home(self.home, shared_with_account=account.drops)
         with self._guard:
             if self._users < 0:
-                self._users = self._open("users.lock")
+                self._users = locks.open_file(self.root, "users.lock")
         try:
-            with self._starting(START_PATIENCE):
+            with locks.starting(self.root, START_PATIENCE):
                 fcntl.flock(self._users, fcntl.LOCK_SH)
                 return self._bring_up(START_PATIENCE)
         except BaseException:
@@ -117,16 +112,16 @@ class EmbeddedServer:
             EmbeddedServerError: if it doesn't answer within `patience` seconds, or this isn't one of its users.
         """
         where = self.arguments
-        if answers(where.host) and not self._keeper_missing():
+        if answers(where.host) and not locks.keeper_missing(self.root):
             return where
-        with self._starting(patience):
+        with locks.starting(self.root, patience):
             return self._bring_up(patience)
 
     def release(self) -> None:
         """Stop being a user. The keeper stops the server when nobody is left; this doesn't wait for it."""
-        if self._arguments is not None and self._keeper_missing():
+        if self._arguments is not None and locks.keeper_missing(self.root):
             try:
-                with self._starting(1.0):
+                with locks.starting(self.root, 1.0):
                     self._adopt()
             except EmbeddedServerError as error:
                 log.warning("%s", error)
@@ -135,7 +130,7 @@ class EmbeddedServer:
     def wait_until_stopped(self, patience: float) -> bool:
         """Whether every process of the server is gone within `patience` seconds; for upkeep and tests."""
         deadline = time.monotonic() + patience
-        while (run := self._take_run()) is None:
+        while (run := locks.take_run(self.root)) is None:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.01)
@@ -152,9 +147,9 @@ class EmbeddedServer:
 
     def _bring_up(self, patience: float) -> ConnectArguments:
         began = time.monotonic()
-        launched = interrupted = False
+        launches, position, interrupted = 0, self._log_size(), False
         while True:
-            run = self._take_run()
+            run = locks.take_run(self.root)
             waited = time.monotonic() - began
             if run is None:
                 found = self._reachable()
@@ -163,32 +158,23 @@ class EmbeddedServer:
                 self._refuse_foreign(waited)
                 if not interrupted:
                     interrupted = self._interrupt_without_socket()
-            elif launched:
-                os.close(run)
-                raise EmbeddedServerError(f"{self.label} didn't start: {self._log_tail()}", hint=self._see_log())
             else:
                 try:
+                    if launches == LAUNCHES:
+                        raise EmbeddedServerError(
+                            f"{self.label} didn't start: {self._log_tail(position)}", hint=self._see_log()
+                        )
+                    position = self._log_size()
                     self._launch(run)
                 finally:
                     os.close(run)
-                launched = True
+                launches += 1
             if waited >= patience:
                 raise EmbeddedServerError(
-                    f"{self.label} didn't answer within {patience:g} s: {self._log_tail()}",
+                    f"{self.label} didn't answer within {patience:g} s: {self._log_tail(position)}",
                     hint=f"it may still be recovering or stopping; {self._see_log()}",
                 )
             time.sleep(0.01)
-
-    def _take_run(self) -> int | None:
-        """`run.lock`, if neither a server's process nor a keeper is left.
-
-        A keeper that adopted waits for that lock itself: holding it while waiting for the keeper's end would not end.
-        """
-        run = self._try_lock("run.lock")
-        if run is not None and not self._keeper_missing():
-            os.close(run)
-            return None
-        return run
 
     def _reachable(self) -> ConnectArguments | None:
         record = Record.read(self._record_path)
@@ -201,8 +187,7 @@ class EmbeddedServer:
             )
         if not answers(record.sockets):
             return None
-        if self._keeper_missing():
-            self._adopt()
+        self._adopt()
         with self._guard:
             if self._users >= 0:  # else it was released meanwhile, by another thread
                 self._arguments = ConnectArguments(record.sockets, PORT, ROLE, DATABASE)
@@ -212,6 +197,7 @@ class EmbeddedServer:
         before = Record.read(self._record_path)
         data = self.root / "data"
         self._refuse_another_machine(before, data)
+        stale = keeper.postmaster_id(str(data))  # before the look at what it is now: the keeper compares
         self._refuse_stranger(data)
         account = choose_account(data)
         blocked = places.can_enter(self.root, account.uid, account.gids)
@@ -220,8 +206,8 @@ class EmbeddedServer:
                 self.home,
                 f"PostgreSQL doesn't run as root, and the account {account.name} that runs it can't enter {blocked}",
             )
-        installation = copy_for_account(places.installation(), self.root, places.installed_version(), account)
         try:
+            installation = copy_for_account(places.installation(), self.root, places.installed_version(), account)
             if not data.exists():
                 cluster.initialize(self.root, installation, account)
             cluster.check_version(data)
@@ -232,7 +218,8 @@ class EmbeddedServer:
             cluster.write_file(self._record_path, record, 0o600)
         except OSError as error:
             raise places.unusable(self.home, (error.strerror or str(error)).lower()) from error
-        self._spawn_keeper(installation, account, str(sockets), run)
+        server = installation / "bin" / "postgres"
+        locks.spawn_keeper(self.root, account, str(sockets), run=run, server=server, stale=stale)
 
     def _refuse_another_machine(self, before: Record | None, data: Path) -> None:
         clean = not os.path.lexists(data / "postmaster.pid")
@@ -267,8 +254,8 @@ class EmbeddedServer:
         if record is None or process is None or not record.visible_from(Record.of_this_process()):
             return False
         # It makes its socket before it says that it is ready, and deletes it after it said that it is stopping.
-        lost = ready(self.root / "data") and not os.path.lexists(os.path.join(record.sockets, places.SOCKET_NAME))
-        if not lost or not ready(self.root / "data"):
+        data, path = self.root / "data", os.path.join(record.sockets, places.SOCKET_NAME)
+        if not ready(data) or os.path.lexists(path) or not ready(data):
             return False
         log.warning("%s lost its socket in %s and is started again", self.label, record.sockets)
         try:
@@ -279,65 +266,16 @@ class EmbeddedServer:
 
     def _adopt(self) -> None:
         """Give a running server whose keeper was killed another one, if its processes can be seen from here."""
+        if not locks.keeper_missing(self.root):
+            return
         record, process = Record.read(self._record_path), postmaster(self.root / "data")
         if record is None or process is None or not record.visible_from(Record.of_this_process()):
             return
         log.warning("%s had lost its keeper", self.label)
         account = choose_account(self.root / "data")
-        self._spawn_keeper(places.installation(), account, record.sockets, None, process.pid)
-
-    def _spawn_keeper(
-        self, installation: Path, account: Account, sockets: str, run: int | None, process: int = 0
-    ) -> None:
-        """Start the keeper: of a server that it starts, with the held lock `run`, or of the one that runs as `process`."""
-        opened: list[int] = []
-        try:
-            opened += [
-                self._open("keeper.lock"),
-                self._open("users.lock"),
-                self._open("start.lock"),
-                self._open("server.log"),
-            ]
-            # Free, or held for a moment by somebody who looks whether it is.
-            fcntl.flock(opened[0], fcntl.LOCK_EX)
-            given = {
-                "adopt": process,
-                "data": str(self.root / "data"),
-                "server": str(installation / "bin" / "postgres"),
-                "sockets": sockets,
-                "run_path": str(self.root / "run.lock"),
-                "log": opened[3],
-                "locks": {
-                    "keeper": opened[0],
-                    "users": opened[1],
-                    "start": opened[2],
-                    "run": -1 if run is None else run,
-                },
-                "drops": account.drops,
-                "uid": account.uid,
-                "gid": account.gid,
-            }
-            subprocess.run(  # noqa: S603 - it forks, and the one that we wait for ends at once
-                [sys.executable, "-I", "-S", keeper.__file__, json.dumps(given)],
-                stdin=subprocess.DEVNULL, stdout=opened[3], stderr=opened[3], cwd="/", env=environment(), timeout=60,
-                check=True, start_new_session=True, pass_fds=[*opened, *([] if run is None else [run])],
-            )  # fmt: skip
-        except (OSError, subprocess.SubprocessError) as error:
-            raise EmbeddedServerError(
-                f"{self.label}: the process that keeps the server couldn't be started: {error}", hint=self._see_log()
-            ) from error
-        finally:
-            for descriptor in opened:
-                os.close(descriptor)
+        locks.spawn_keeper(self.root, account, record.sockets, adopt=process.pid)
 
     # Small readers; no lock is needed.
-
-    def _keeper_missing(self) -> bool:
-        descriptor = self._try_lock("keeper.lock")
-        if descriptor is None:
-            return False
-        os.close(descriptor)
-        return True
 
     @property
     def _record_path(self) -> Path:
@@ -346,41 +284,16 @@ class EmbeddedServer:
     def _see_log(self) -> str:
         return f"see {self.root / 'server.log'}"
 
-    def _log_tail(self) -> str:
+    def _log_size(self) -> int:
         try:
-            lines = (self.root / "server.log").read_text(errors="replace").splitlines()
+            return (self.root / "server.log").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def _log_tail(self, position: int) -> str:
+        """The end of what the log got since it had the size `position`, on one line."""
+        try:
+            text = (self.root / "server.log").read_bytes()[position:].decode(errors="replace")
         except OSError:
-            lines = []
-        return " / ".join(lines[-6:])[-1500:] or "its log is empty"
-
-    def _open(self, name: str) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            return os.open(self.root / name, flags | (os.O_APPEND if name.endswith(".log") else 0), 0o600)
-        except OSError as error:
-            raise places.unusable(self.home, f"{name}: {(error.strerror or str(error)).lower()}") from error
-
-    def _try_lock(self, name: str) -> int | None:
-        descriptor = self._open(name)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        return descriptor
-
-    @contextmanager
-    def _starting(self, patience: float) -> Iterator[None]:
-        """Hold `start.lock`: one process or thread at a time starts, adopts or stops."""
-        deadline = time.monotonic() + patience
-        while (descriptor := self._try_lock("start.lock")) is None:
-            if time.monotonic() >= deadline:
-                raise EmbeddedServerError(
-                    f"{self.label}: another process was still starting or stopping it after {patience:g} s",
-                    hint=self._see_log(),
-                )
-            time.sleep(0.005)
-        try:
-            yield
-        finally:
-            os.close(descriptor)
+            text = ""
+        return " / ".join(text.splitlines()[-6:])[-1500:] or "it said nothing"

@@ -27,6 +27,7 @@ import time
 LOG_LIMIT = 4 * 1024 * 1024  # bytes; then the log keeps its last LOG_KEPT
 LOG_KEPT = 128 * 1024  # bytes
 LOG_INTERVAL = 20.0  # seconds between two looks at the log's size
+EMPTY_PATIENCE = 2.0  # seconds that a starting server may take between making its postmaster.pid and writing it
 STOP_PATIENCE = 60.0  # seconds for a fast shutdown, its checkpoint included; then an immediate one
 
 
@@ -39,29 +40,39 @@ def bound_log(descriptor: int) -> None:
         os.write(descriptor, b"[the older part was cut off]\n" + tail)
 
 
-def claim_lock_file(data: str) -> int:
-    """Make a left-over postmaster.pid count as stale, and return the process id that it named (0: none).
+def claim_lock_file(data: str, stale: int) -> bool:
+    """Make a left-over postmaster.pid count as stale if it still names process `stale`; whether a server may start.
 
     Whoever holds `run` knows that its server is gone, but the number in the file may now be another process's, and then
     PostgreSQL refuses to start. Its own parent's number counts as stale. Only the first line changes: the shared-memory
-    id in the others still guards against a server that was started by other means.
+    id in the others still guards against a server that was started by other means. Such a one may have come since the
+    file was looked at: overwriting its number let two postmasters run on one directory for a minute (measured).
     """
+    path = os.path.join(data, "postmaster.pid")
+    deadline = time.monotonic() + EMPTY_PATIENCE
+    while os.path.exists(path) and postmaster_id(data) == 0:
+        if time.monotonic() >= deadline:
+            os.unlink(path)  # nobody is writing it: what a crash left
+        time.sleep(0.02)
     try:
-        descriptor = os.open(os.path.join(data, "postmaster.pid"), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
-        return 0
+        return True  # PostgreSQL makes it exclusively
     with open(descriptor, "r+") as file:
-        lines = file.read().splitlines(keepends=True)
+        first, *others = file.read().splitlines(keepends=True) or [""]
+        if first.strip() != str(stale):
+            return False
         file.seek(0)
-        file.write("".join([f"{os.getpid()}\n", *lines[1:]]))
+        file.write("".join([f"{os.getpid()}\n", *others]))
         file.truncate()
-    return int(lines[0]) if lines and lines[0].strip().isdigit() else 0
+    return True
 
 
-def start_server(given: dict[str, object], run: int) -> subprocess.Popen[bytes]:
-    """Start the postmaster as our child, with `run` inherited."""
+def start_server(given: dict[str, object], run: int) -> subprocess.Popen[bytes] | None:
+    """Start the postmaster as our child, with `run` inherited; None if another server came first."""
     data, sockets = str(given["data"]), str(given["sockets"])
-    claim_lock_file(data)
+    if not claim_lock_file(data, int(str(given["stale"]))):
+        return None
     for name in (".s.PGSQL.5432", ".s.PGSQL.5432.lock"):  # the socket's lock file names the dead process too
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(sockets, name))
@@ -101,6 +112,8 @@ def main() -> None:
         process = int(given["adopt"])
     else:
         child = start_server(given, locks["run"])
+        if child is None:
+            os._exit(0)
         process = child.pid
 
     def gone() -> None:

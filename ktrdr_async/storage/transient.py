@@ -25,8 +25,8 @@ _PASSING = (
     asyncpg.InvalidCachedStatementError,  # a rolling deploy's migration changed a type under a prepared statement
     asyncpg.InternalClientError,  # what asyncpg raises when the server is killed in the middle of an answer
 )
-# asyncpg has one class for misuse and for a lost connection; only its text tells them apart. A pool's connection that was
-# lost while it was in use counts as released. Taking that misuse for a loss costs a retry, the other mistake a save.
+# asyncpg has one class for misuse and for a lost connection; only its text tells them apart. A pool's connection that
+# was lost while it was in use counts as released. Taking that misuse for a loss costs a retry, the reverse a save.
 _LOST = (
     "connection is closed",
     "connection was closed",

@@ -183,13 +183,12 @@ class Bar:
 
     __slots__ = (
         "_bars", "_close", "_decisions", "_feature_rows", "_features", "_high", "_i", "_index_of", "_low", "_may_order",
-        "_open", "_portfolio", "_recorded", "_rng", "_seed", "_start", "_stop", "_volume", "index",
+        "_open", "_portfolio", "_recorded", "_rng", "_said", "_seed", "_start", "_stop", "_volume",
     )  # fmt: skip
 
     def __init__(
         self, bars: Bars, features: dict[str, NDArray[np.float64]], seed: int, portfolio: PortfolioView
     ) -> None:
-        self.index = -1  # absolute, 0-based
         self._bars = bars
         self._features = features
         self._seed = seed
@@ -199,6 +198,7 @@ class Bar:
         self._recorded: dict[str, float] = {}
         self._rng: tuple[int, np.random.Generator] | None = None
         self._may_order = True
+        self._said = False  # something was ordered or recorded at this bar
         self._window(0, 0)
 
     # The engine moves the bar: a window of rows is turned into Python floats a chunk at a time and a column when asked
@@ -216,6 +216,11 @@ class Bar:
     def _rows(self, values: NDArray[np.float64]) -> list[Row]:
         window = values[self._start : self._stop]
         return list(zip(*(window[:, j].tolist() for j in range(window.shape[1])), strict=True))
+
+    @property
+    def index(self) -> int:
+        """Absolute, 0-based."""
+        return self._start + self._i
 
     @property
     def timestamp(self) -> int:
@@ -271,17 +276,21 @@ class Bar:
 
     def feature(self, name: str) -> Any:
         """This bar's row of a feature of `prepare` or the data: a float a column, or one float where it is 1-D."""
-        rows = self._feature_rows.get(name)
-        if rows is None:
-            values = self._features.get(name)
-            if values is None:
-                raise OrderError(
-                    f"there is no feature {name!r}; there are: {', '.join(sorted(self._features)) or 'none'}",
-                    hint="return it from `prepare`, or name the data's column in `features`",
-                )
-            rows = self._rows(values) if values.ndim == 2 else values[self._start : self._stop].tolist()
-            self._feature_rows[name] = rows
-        return rows[self._i]
+        try:
+            return self._feature_rows[name][self._i]
+        except KeyError:
+            return self._load_feature(name)[self._i]
+
+    def _load_feature(self, name: str) -> list[Any]:
+        values = self._features.get(name)
+        if values is None:
+            raise OrderError(
+                f"there is no feature {name!r}; there are: {', '.join(sorted(self._features)) or 'none'}",
+                hint="return it from `prepare`, or name the data's column in `features`",
+            )
+        rows = self._rows(values) if values.ndim == 2 else values[self._start : self._stop].tolist()
+        self._feature_rows[name] = rows
+        return rows
 
     @property
     def past(self) -> Past:
@@ -345,6 +354,7 @@ class Bar:
 
     def record(self, **values: float) -> None:
         """Keeps a value a name for this bar; `results.recorded` shows them all. The last one a name and bar counts."""
+        self._said = True
         for name, value in values.items():
             self._recorded[name] = float(value)
 
@@ -370,6 +380,7 @@ class Bar:
             raise OrderError(
                 "nothing can be ordered after the last bar", hint="on_end and the closing step's fills only look"
             )
+        self._said = True
         return position
 
     def _position(self, symbol: int | str) -> int:

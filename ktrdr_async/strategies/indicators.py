@@ -189,14 +189,18 @@ def _over_windows(values: ArrayLike, n: int, compute: Callable[[Floats], Floats]
         if not missing.any():
             _in_pieces(array, n, compute, result)
             return result
-        columns = array.reshape(len(array), -1)
+        columns, filled, absent = _columns(array), _columns(result), _columns(missing)
         for j in range(columns.shape[1]):
-            there = np.flatnonzero(~missing.reshape(columns.shape)[:, j])
+            there = np.flatnonzero(~absent[:, j])
             own = columns[there, j]
             found = np.full(own.shape, np.nan)
             _in_pieces(own, n, compute, found)
-            result.reshape(columns.shape)[there, j] = found
+            filled[there, j] = found
     return result
+
+
+def _columns(array: NDArray[Any]) -> NDArray[Any]:
+    return array[:, None] if array.ndim == 1 else array
 
 
 def _in_pieces(array: Floats, n: int, compute: Callable[[Floats], Floats], result: Floats) -> None:
@@ -244,8 +248,8 @@ def _over_columns(arrays: list[ArrayLike], n: int, compute: Callable[..., Iterab
     if any(each.shape != given[0].shape for each in given):
         raise ParameterError(f"an indicator's columns differ in shape: {', '.join(str(each.shape) for each in given)}")
     result = np.full(given[0].shape, np.nan)
-    columns = [each.reshape(len(each), -1) for each in given]
-    for j in range(columns[0].shape[1] if len(columns[0]) else 0):
+    columns, filled = [_columns(each) for each in given], _columns(result)
+    for j in range(filled.shape[1]):
         missing = np.isnan(columns[0][:, j])
         for each in columns[1:]:
             missing |= np.isnan(each[:, j])
@@ -253,7 +257,7 @@ def _over_columns(arrays: list[ArrayLike], n: int, compute: Callable[..., Iterab
         if len(there) >= n:
             lists = [each[there, j].tolist() for each in columns]
             found = np.fromiter(compute(*lists), dtype=np.float64, count=len(there) - n + 1)
-            result.reshape(columns[0].shape)[there[n - 1 :], j] = found
+            filled[there[n - 1 :], j] = found
     return result
 
 

@@ -14,9 +14,8 @@ import re
 import stat
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ktrdr_async.errors import CodeNotAllowedError, InputError, ParameterError, UnknownStrategyError
 from ktrdr_async.strategies.async_reversion import AsyncReversion
@@ -28,6 +27,9 @@ from ktrdr_async.strategies.parameters import describe, parse_parameter
 from ktrdr_async.strategies.rsi_reversion import RsiReversion
 from ktrdr_async.strategies.signals import Signals
 from ktrdr_async.strategies.sma_cross import SmaCross
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 __all__ = [
     "BUILT_IN", "GROUP", "allow_file", "describe", "make", "parse_parameter", "resolve", "strategies", "summary_of",
@@ -81,7 +83,7 @@ def resolve(name: str, *, allow: Iterable[str] = (), trusted: bool = False, cwd:
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
-    match = _PATH.fullmatch(name)
+    match = None if ".py:" in name else _PATH.fullmatch(name)
     if match is None:
         registered = _registered()
         if name in registered:
@@ -205,6 +207,8 @@ def _check_entry(entry: str, where: str) -> None:
 
 
 def _registered() -> dict[str, list[EntryPoint]]:
+    from importlib.metadata import entry_points
+
     found: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=GROUP):
         same = found.setdefault(point.name, [])

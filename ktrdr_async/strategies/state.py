@@ -12,6 +12,7 @@ import decimal
 import enum
 import fractions
 import logging
+import math
 import pathlib
 import re
 import types
@@ -114,16 +115,37 @@ def check_state(state: msgspec.Struct | None) -> bytes | None:
         again = decode_state(data, type(state))
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
         raise UndeclaredStateError(f"{type(state).__name__} doesn't come back from its bytes: {error}") from error
-    if _encoder.encode(again) != data:
-        for name in type(state).__struct_fields__:
-            before, after = getattr(state, name), getattr(again, name)
-            if _encoder.encode(before) != _encoder.encode(after):
-                raise UndeclaredStateError(
-                    f"{type(state).__name__}.{name} holds {before!r} and would come back as {after!r}",
-                    hint="give the field the type that its values have",
-                )
-        raise UndeclaredStateError(f"{type(state).__name__} would come back as another value")
+    for name in type(state).__struct_fields__:
+        before, after = getattr(state, name), getattr(again, name)
+        if not _same(before, after):
+            kinds = f" (a {type(before).__name__} and a {type(after).__name__})" if repr(before) == repr(after) else ""
+            raise UndeclaredStateError(
+                f"{type(state).__name__}.{name} holds {before!r} and would come back as {after!r}{kinds}",
+                hint="give the field the type that its values have",
+            )
     return data
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values are alike in type, order and every bit, all the way down."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, float):
+        return (a == b and math.copysign(1.0, a) == math.copysign(1.0, b)) or (a != a and b != b)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return len(a) == len(b) and all(map(_same, a, b)) and all(map(_same, a.values(), b.values()))
+    if isinstance(a, msgspec.Struct):
+        return all(_same(getattr(a, name), getattr(b, name)) for name in a.__struct_fields__)
+    if isinstance(a, np.ndarray):
+        return (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and a.flags.writeable == b.flags.writeable
+            and a.tobytes() == b.tobytes()
+        )
+    return bool(a == b)
 
 
 def _path_of(state: msgspec.Struct) -> str:
@@ -180,7 +202,7 @@ def check_declared(strategy: StrategyBase) -> None:
             if hasattr(strategy, name):
                 found.setdefault(name, getattr(strategy, name))
         for name, value in vars(cls).items():
-            if isinstance(value, list | dict | set | bytearray | np.ndarray) and not name.startswith("__"):
+            if not (name.startswith("__") or name == "_abc_impl" or callable(value) or hasattr(type(value), "__get__")):
                 found.setdefault(name, value)
     found.update(vars(strategy))
     for name, value in found.items():

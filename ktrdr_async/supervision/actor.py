@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import logging
 from typing import TYPE_CHECKING
@@ -15,13 +16,13 @@ from ktrdr_async.backtesting.request import BacktestRequest
 from ktrdr_async.backtesting.results import BacktestResults, RunStatistics
 from ktrdr_async.checkpoint.policy import CheckpointPolicy
 from ktrdr_async.checkpoint.service import CheckpointService
-from ktrdr_async.errors import CancellationError, OwnershipLostError
+from ktrdr_async.errors import AlreadyClaimedError, CancellationError, InvalidTransitionError
 from ktrdr_async.operations.lifecycle import Claim, Operation, Status
 from ktrdr_async.supervision.heart import Running
 from ktrdr_async.supervision.jobs import Job, Permissions, resolve
 from ktrdr_async.supervision.mailbox import Ending, Mailbox, Progress
 from ktrdr_async.supervision.shielding import finish
-from ktrdr_async.supervision.supervisor import FINAL_SAVE_SECONDS, Supervisor
+from ktrdr_async.supervision.supervisor import FINAL_SAVE_SECONDS, SETTLED, End, Supervisor
 
 if TYPE_CHECKING:
     from ktrdr_async.checkpoint.schemas import BacktestCheckpointState
@@ -47,6 +48,14 @@ class Plan(msgspec.Struct, kw_only=True):
     take_over: bool = False
 
 
+class Claimed(msgspec.Struct):
+    """A claim, and the service that writes under it."""
+
+    claim: Claim
+    checkpoints: CheckpointService
+    paused: bool = False  # what the row says
+
+
 class Actor:
     """Owns one operation's task, mailbox and supervisor. One that dies takes no other with it."""
 
@@ -58,7 +67,8 @@ class Actor:
         self._worker = worker
         self._turn = turn
         self._supervisor: Supervisor | None = None
-        self._ended: Status | None = None
+        self._failed_save: BaseException | None = None
+        self._notes: list[str] = []  # on what ended it; asyncio gives a cancelled task's own error only once
         self.task: asyncio.Task[BacktestResults] = asyncio.create_task(self._live(), name=f"backtest {operation_id}")
         self.mailbox.attach(self.task)
         self.task.add_done_callback(self._close)
@@ -66,9 +76,23 @@ class Actor:
     def _close(self, task: asyncio.Task[BacktestResults]) -> None:
         # Reading the exception also tells asyncio that somebody knows of it; handles and the log tell people.
         error = None if task.cancelled() else task.exception()
-        self.mailbox.close(error)
+        if error is not None:
+            self.mailbox.close(error)
+        elif task.cancelled():
+            self.mailbox.close(self._cancellation())
+        else:
+            named = self.operation_id
+            self.mailbox.close(
+                InvalidTransitionError(named, f"{named} is completed: there is nothing to save any more")
+            )
         if error is not None and not isinstance(error, CancellationError):
             logger.info("%s ended: %s: %s", self.operation_id, type(error).__name__, error)
+
+    def _cancellation(self) -> CancellationError:
+        error = CancellationError(self.operation_id, f"{self.operation_id}: its task was cancelled")
+        for note in self._notes:
+            error.add_note(note)
+        return error
 
     # For handles.
 
@@ -79,26 +103,17 @@ class Actor:
     def outcome(self) -> BacktestResults:
         """What it came to; raises what ended it."""
         if self.task.cancelled():
-            error = CancellationError(self.operation_id, f"{self.operation_id}: its task was cancelled")
-            for note in self.notes():
-                error.add_note(note)
-            raise error
+            raise self._cancellation()
         return self.task.result()
 
     def notes(self) -> list[str]:
         """What was noted on the error that ended it: a save that failed, for example."""
-        if not self.task.done():
-            return []
-        try:
-            self.task.result()
-        except BaseException as error:
-            return list(getattr(error, "__notes__", []))
-        return []
+        return list(self._notes)
 
     def raise_failed_save(self) -> None:
         """After a cancel: raises where the final save failed."""
-        if self.notes() and self._supervisor is not None and self._supervisor.final_save_error is not None:
-            raise self._supervisor.final_save_error
+        if self._failed_save is not None and self.task.done() and (self.task.cancelled() or self.task.exception()):
+            raise self._failed_save
 
     def progress(self) -> Progress:
         """Where it stands."""
@@ -107,79 +122,178 @@ class Actor:
         if not self.task.done():
             return now
         ended = Status.COMPLETED
-        if self.task.cancelled():
-            ended = Status.CANCELLED
-        elif (error := self.task.exception()) is not None:
+        if self.task.cancelled() or isinstance(self.task.exception(), CancellationError):
+            ended = self._status_of_cancel()
+        elif self.task.exception() is not None:
             ended = Status.FAILED
-            if isinstance(error, CancellationError):
-                ended = Status.INTERRUPTED if self.mailbox.ending is Ending.SHUTDOWN else Status.CANCELLED
         return msgspec.structs.replace(now, status=ended.value)
+
+    def _status_of_cancel(self) -> Status:
+        return Status.INTERRUPTED if self.mailbox.ending is Ending.SHUTDOWN else Status.CANCELLED
 
     # Its life.
 
     async def _live(self) -> BacktestResults:
+        try:
+            return await self._run()
+        except BaseException as error:
+            self._notes = list(getattr(error, "__notes__", []))
+            raise
+
+    async def _run(self) -> BacktestResults:
         worker, plan = self._worker, self.plan
-        async with worker._slots:
-            row: Operation | None = None
-            request = plan.request
-            if request is None:
-                row = await worker.operations.get(self.operation_id)
-                if row.status is Status.COMPLETED:
-                    return await worker.rebuild(row, plan.bars, plan.permissions)
-                request = BacktestRequest.from_dict(row.request)
-            job = await resolve(request, plan.bars, plan.strategy, plan.permissions)
-            claimed = await self._begin(job, row)
-            if isinstance(claimed, Operation):
-                return await worker.rebuild(claimed, job.bars, plan.permissions)
-            claim, prior = claimed
-            running = Running(claim, self.mailbox, self.progress)
-            worker._running[self.operation_id] = running
-            try:
-                return await self._supervise(job, claim, prior)
-            finally:
-                worker._running.pop(self.operation_id, None)
+        request, row = plan.request, None
+        if request is None:
+            row = await worker.operations.get(self.operation_id)
+            if row.status is Status.COMPLETED:
+                return await worker.rebuild(row, plan.bars, plan.permissions)
+            request = BacktestRequest.from_dict(row.request)
+        job = await resolve(request, plan.bars, plan.strategy, plan.permissions)
+        found = row or await self._create(job.request)
+        if found.status is Status.COMPLETED:
+            return await worker.rebuild(found, job.bars, plan.permissions)
+        waits = worker._slots.locked()
+        if waits:
+            del job  # thousands may wait here; their bars are read again when it is their turn
+        await self._wait_for_slot(found)
+        try:
+            if waits:
+                job = await resolve(request, plan.bars, plan.strategy, plan.permissions)
+            claimed = await self._claim(found)
+            if claimed is None:
+                return await worker.rebuild(await worker.operations.get(self.operation_id), job.bars, plan.permissions)
+            return await self._own(job, claimed, found)
+        finally:
+            worker._slots.release()
 
-    async def _begin(self, job: Job, row: Operation | None) -> Operation | tuple[Claim, Status]:
-        """Creates and claims; a cancellation that came meanwhile writes `cancelled`. A completed operation as it is."""
-        operations = self._worker.operations
-
-        async def create_and_claim() -> Operation | tuple[Claim, Status]:
-            found = row or await operations.create(self.operation_id, job.request.to_dict())
-            if found.status is Status.COMPLETED:
-                return found
-            claim = await operations.claim(self.operation_id, owner=self._worker.owner, take_over=self.plan.take_over)
-            prior = found.status if found.status in (Status.CANCELLED, Status.FAILED) else Status.INTERRUPTED
-            return claim, prior
-
-        done = await finish(create_and_claim)
+    async def _create(self, request: BacktestRequest) -> Operation:
+        """Makes the row, or finds it. A cancellation that came meanwhile writes `cancelled`."""
+        done = await finish(lambda: self._worker.operations.create(self.operation_id, request.to_dict()))
         if done.cancelled is not None:
-            if isinstance(done.result, tuple):
-                claim = done.result[0]
-                service = CheckpointService(self._worker.database, claim)
-                status = Status.INTERRUPTED if self.mailbox.ending is Ending.SHUTDOWN else Status.CANCELLED
-                ended = await finish(lambda: service.finish(status, state=None, deadline=FINAL_SAVE_SECONDS))
-                if ended.error is not None:
-                    done.cancelled.add_note(f"{self.operation_id} couldn't be marked {status.value}: {ended.error}")
+            if done.result is not None:
+                await self._end_unclaimed(done.result, done.cancelled)
             raise done.cancelled
         if done.error is not None:
             raise done.error
         assert done.result is not None  # noqa: S101 - no error, so there is one
-        self.claimed.set()
         return done.result
 
-    async def _supervise(self, job: Job, claim: Claim, prior: Status) -> BacktestResults:
+    async def _wait_for_slot(self, found: Operation) -> None:
+        try:
+            await self._worker._slots.acquire()
+        except asyncio.CancelledError as error:
+            await self._end_unclaimed(found, error)
+            raise
+
+    async def _end_unclaimed(self, found: Operation, error: asyncio.CancelledError) -> None:
+        """Ends what waited to run. Of a worker that leaves it becomes `interrupted`, for the next one to take up."""
+        operations, leaving = self._worker.operations, self.mailbox.ending is Ending.SHUTDOWN
+        if found.status is Status.RUNNING or (leaving and found.status is not Status.PENDING):
+            return
+
+        async def end() -> None:
+            with contextlib.suppress(InvalidTransitionError, AlreadyClaimedError):  # somebody else has it by now
+                if leaving:
+                    claim = await operations.claim(self.operation_id, owner=self._worker.owner)
+                    await CheckpointService(self._worker.database, claim).finish(Status.INTERRUPTED, state=None)
+                else:
+                    await operations.cancel(self.operation_id, epoch=found.epoch)
+
+        done = await finish(end)
+        if done.error is not None:
+            error.add_note(f"{self.operation_id} couldn't be marked as ended: {done.error}")
+
+    async def _claim(self, found: Operation) -> Claimed | None:
+        """Claims it; None where it was completed meanwhile. A cancellation that came meanwhile writes `cancelled`."""
+        worker, named = self._worker, self.operation_id
+        operations = worker.operations
+        claim: Claim | None = None
+
+        async def claim_and_look() -> Operation:
+            nonlocal claim
+            if claim is None:
+                await worker.debts.pay_one(named)  # what an earlier run of it here couldn't write
+                claim = await operations.claim(named, owner=worker.owner, take_over=self.plan.take_over)
+            return await operations.get(named)
+
+        done = await finish(claim_and_look)
+        if claim is None:
+            if done.cancelled is not None:
+                await self._end_unclaimed(found, done.cancelled)
+                raise done.cancelled
+            assert done.error is not None  # noqa: S101 - there is no claim
+            if isinstance(done.error, InvalidTransitionError) and await self._is_completed():
+                return None
+            raise done.error
+        claimed = Claimed(claim, CheckpointService(worker.database, claim))
+        ending: BaseException | None = done.cancelled or done.error
+        row = done.result
+        if row is not None and claim.epoch == found.epoch + 1 and found.epoch == row.cancel_epoch != found.cancel_epoch:
+            # Somebody cancelled it after it was found and before it was claimed, and a claim voids that.
+            ending = ending or CancellationError(named, f"{named} was cancelled before it was claimed")
+        if ending is not None:
+            end = End(self._status_of_cancel() if done.error is None else Status.INTERRUPTED)
+            await self._give_back(claimed, end, ending)
+            raise ending
+        assert row is not None  # noqa: S101 - no error, so there is one
+        claimed.paused = row.paused
+        self.claimed.set()
+        return claimed
+
+    async def _is_completed(self) -> bool:
+        return (await self._worker.operations.get(self.operation_id)).status is Status.COMPLETED
+
+    async def _give_back(self, claimed: Claimed, end: End, error: BaseException) -> None:
+        """Ends what is claimed and has nothing new to save; what goes wrong becomes a note on `error`."""
+        service = claimed.checkpoints
+        ended = await finish(
+            lambda: service.finish(
+                end.status, state=None, error=end.error, deadline=FINAL_SAVE_SECONDS, through=self._worker.last_line
+            )
+        )
+        if ended.error is not None:
+            self._failed_save = ended.error
+            error.add_note(f"{self.operation_id} couldn't be marked {end.status.value}: {ended.error}")
+            if not isinstance(ended.error, SETTLED):
+                self._worker.debts.add(self.operation_id, service, end)
+
+    async def _own(self, job: Job, claimed: Claimed, found: Operation) -> BacktestResults:
+        """Runs what is claimed, and sees to it that its end is written, now or later."""
+        worker, named = self._worker, self.operation_id
+        prior = End(Status.INTERRUPTED)
+        if found.status in (Status.CANCELLED, Status.FAILED):
+            failure = found.error or {} if found.status is Status.FAILED else None
+            prior = End(found.status, failure)
+        running = worker._running[named] = Running(claimed.claim, self.mailbox, self.progress, claimed.paused)
+        if claimed.paused:
+            self.mailbox.pause()
+        try:
+            return await self._supervise(job, claimed, prior)
+        finally:
+            if worker._running.get(named) is running:
+                del worker._running[named]
+            if self._supervisor is not None:
+                self._failed_save = self._supervisor.final_save_error
+                if self._supervisor.owed is not None:
+                    worker.debts.add(named, claimed.checkpoints, self._supervisor.owed)
+
+    async def _supervise(self, job: Job, claimed: Claimed, prior: End) -> BacktestResults:
         """Runs the engine to an end; after a transient error again from the checkpoint, a bounded number of times."""
         worker, plan = self._worker, self.plan
-        checkpoints = CheckpointService(worker.database, claim)
         statistics = RunStatistics()
         backoff = _FIRST_RESTART
         for restart in range(worker._max_restarts + 1):
-            state = await self._load(checkpoints, prior)
-            engine = BacktestingEngine(job.request, job.bars, job.strategy, turn=self._turn)
-            self._supervisor = Supervisor(
+            state = await self._load(claimed, prior)
+            try:
+                engine = BacktestingEngine(job.request, job.bars, job.strategy, turn=self._turn)
+            except Exception as error:
+                failure = {"type": type(error).__name__, "message": str(error)}
+                await self._give_back(claimed, End(Status.FAILED, failure), error)
+                raise
+            self._supervisor = supervisor = Supervisor(
                 self.operation_id,
                 engine,
-                checkpoints,
+                claimed.checkpoints,
                 copy.copy(plan.policy) if plan.policy is not None else CheckpointPolicy(),
                 self._turn,
                 self.mailbox,
@@ -190,9 +304,9 @@ class Actor:
                 transient=worker._transient if restart < worker._max_restarts else (),
             )
             try:
-                return await self._supervisor.run(state)
+                return await supervisor.run(state)
             except worker._transient as error:
-                if not self._supervisor.restartable:
+                if not supervisor.restartable:
                     raise
                 logger.warning(
                     "%s: %s: %s; going on from its checkpoint in %.1f s",
@@ -201,30 +315,30 @@ class Actor:
                     error,
                     backoff,
                 )
-                await self._pause(checkpoints, backoff)
+                await self._pause(supervisor, backoff)
                 backoff = min(2 * backoff, _LONGEST_RESTART)
+            prior = End(Status.INTERRUPTED)
         raise AssertionError("the last restart returns or raises")
 
-    async def _pause(self, checkpoints: CheckpointService, seconds: float) -> None:
+    async def _pause(self, supervisor: Supervisor, seconds: float) -> None:
         try:
             await anyio.sleep(seconds)
         except asyncio.CancelledError as error:
-            assert self._supervisor is not None  # noqa: S101 - it has just run
-            await self._supervisor.end_cancelled(error)
+            await supervisor.end_cancelled(error)
             raise
 
-    async def _load(self, checkpoints: CheckpointService, prior: Status) -> BacktestCheckpointState | None:
+    async def _load(self, claimed: Claimed, prior: End) -> BacktestCheckpointState | None:
         """The checkpoint to go on from; where it can't be loaded or this task is cancelled, the operation goes back."""
-        done = await finish(lambda: checkpoints.load_checkpoint(self.operation_id))
+        done = await finish(lambda: claimed.checkpoints.load_checkpoint(self.operation_id))
         if done.cancelled is None and done.error is None:
             return done.result
+        if self._supervisor is not None:
+            self._supervisor.owed = None  # what is to be written is decided here
         error = done.cancelled or done.error
         assert error is not None  # noqa: S101 - one of the two is there
-        status = prior
+        end = prior
         if done.cancelled is not None and self.mailbox.ending is not Ending.SHUTDOWN:
-            status = Status.CANCELLED
-        if not isinstance(error, OwnershipLostError):
-            ended = await finish(lambda: checkpoints.finish(status, state=None, deadline=FINAL_SAVE_SECONDS))
-            if ended.error is not None:
-                error.add_note(f"{self.operation_id} couldn't be handed back: {ended.error}")
+            end = End(Status.CANCELLED)
+        if not isinstance(error, SETTLED) and self.mailbox.ending is not Ending.LOST:
+            await self._give_back(claimed, end, error)
         raise error

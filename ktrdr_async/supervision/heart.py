@@ -19,12 +19,14 @@ from ktrdr_async.supervision.mailbox import Ending, Mailbox, Progress
 if TYPE_CHECKING:
     from ktrdr_async.operations.service import OperationsService
     from ktrdr_async.storage.database import Database, Reserved
+    from ktrdr_async.supervision.debts import Debts
 
 T = TypeVar("T")
 
 logger = logging.getLogger("ktrdr_async.supervision")
 
 BEAT_SECONDS = 5.0
+BUSY_SECONDS = 0.25  # until the next beat where a save held a row: what it would have told mustn't wait
 
 
 class Running(msgspec.Struct):
@@ -62,6 +64,7 @@ class Heart:
         reserved: the connection that is kept for this, and for final saves.
         operations: writes the beats.
         running: what is claimed now, by id; read anew at each beat.
+        debts: ends that are still to be written, once the database answers.
     """
 
     def __init__(
@@ -69,11 +72,14 @@ class Heart:
         reserved: Reserved,
         operations: OperationsService,
         running: dict[str, Running],
+        debts: Debts,
         seconds: float = BEAT_SECONDS,
     ) -> None:
         self._reserved = reserved
         self._operations = operations
         self._running = running
+        self._debts = debts
+        self._busy = False
         self._seconds = seconds
         self._woken = asyncio.Event()
         self._listening: Any = None
@@ -85,9 +91,10 @@ class Heart:
                 self._woken.clear()
                 try:
                     await bounded(self._reserved, self._beat, seconds=2 * self._seconds)
+                    await self._debts.pay()
                 except Exception as error:
                     logger.warning("a heartbeat failed (%s: %s); it is made again", type(error).__name__, error)
-                with anyio.move_on_after(self._seconds):
+                with anyio.move_on_after(BUSY_SECONDS if self._busy else self._seconds):
                     await self._woken.wait()
         finally:
             if self._listening is not None and not self._listening.is_closed():
@@ -96,20 +103,21 @@ class Heart:
 
     async def _beat(self, connection: Any) -> None:
         await self._listen(connection)
-        beats = [
-            Beat(running.claim, msgspec.to_builtins(running.progress())) for running in list(self._running.values())
-        ]
-        if not beats:
+        self._busy = False
+        asked = dict(self._running)
+        if not asked:
             return
+        beats = [Beat(running.claim, msgspec.to_builtins(running.progress())) for running in asked.values()]
         for answer in await self._operations.heartbeat(connection, beats):
-            running = self._running.get(answer.operation_id)
-            if running is None or answer.kind == "busy":
-                continue
+            running = asked[answer.operation_id]
+            if self._running.get(answer.operation_id) is not running:
+                continue  # it has ended meanwhile, and may run again under another claim, which this isn't about
+            self._busy |= answer.kind == "busy"
             if answer.kind == "lost":
                 running.mailbox.end(Ending.LOST)
             elif answer.cancel:
                 running.mailbox.end(Ending.CANCEL)
-            elif answer.paused != running.row_paused:
+            elif answer.kind == "ours" and answer.paused != running.row_paused:
                 running.row_paused = answer.paused
                 running.mailbox.pause() if answer.paused else running.mailbox.go_on()
 

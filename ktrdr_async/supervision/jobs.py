@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-import anyio.to_thread
 import msgspec
 
 from ktrdr_async.backtesting.provenance import identity_of
 from ktrdr_async.backtesting.request import BacktestRequest
-from ktrdr_async.errors import DataNotAllowedError, InputError, ParameterError
+from ktrdr_async.errors import InputError, ParameterError
 from ktrdr_async.market import Bars
-from ktrdr_async.strategies.registry import make
+from ktrdr_async.strategies.registry import make, strategies
 from ktrdr_async.strategies.state import check_declared, check_state
-from ktrdr_async.supervision.shielding import finish_or_raise
+from ktrdr_async.supervision.shielding import in_thread
 
 if TYPE_CHECKING:
     from ktrdr_async.strategies.base import AnyStrategy
-
-T = TypeVar("T")
 
 MEMORY = "memory:"  # a reference to bars that were handed over, by their fingerprint
 
@@ -40,11 +35,6 @@ class Job(msgspec.Struct):
     request: BacktestRequest
     bars: Bars
     strategy: AnyStrategy
-
-
-async def in_thread(work: Callable[[], T]) -> T:
-    """Runs large one-off work in a thread; a cancellation waits for it, as a thread can't be ended."""
-    return await finish_or_raise(lambda: anyio.to_thread.run_sync(work))
 
 
 async def resolve(
@@ -88,8 +78,6 @@ async def read_bars(request: BacktestRequest, permissions: Permissions) -> Bars:
             "the request names no data that can be read again",
             hint="hand the bars over: bars=..., or set the request's data",
         )
-    if permissions.data_roots is not None and not reference.startswith("synthetic:"):
-        _check_roots(reference, permissions.data_roots)
     return await in_thread(
         lambda: Bars.read(
             reference,
@@ -101,6 +89,7 @@ async def read_bars(request: BacktestRequest, permissions: Permissions) -> Bars:
             features=request.features,
             start=request.start,
             end=request.end,
+            roots=permissions.data_roots,
         )
     )
 
@@ -112,9 +101,13 @@ def narrowed(bars: Bars, request: BacktestRequest) -> Bars:
     return bars.between(request.start, request.end) if request.start or request.end else bars
 
 
+def _is_named(name: str, strategy: AnyStrategy) -> bool:
+    return name == identity_of(strategy).name or strategies().get(name) is type(strategy)
+
+
 def _strategy(request: BacktestRequest, strategy: AnyStrategy | None, permissions: Permissions) -> AnyStrategy:
     if strategy is not None:
-        if request.strategy is not None and request.strategy != identity_of(strategy).name:
+        if request.strategy is not None and not _is_named(request.strategy, strategy):
             raise ParameterError(
                 f"the request names the strategy {request.strategy!r}, the object is {identity_of(strategy).name!r}"
             )
@@ -128,14 +121,3 @@ def _strategy(request: BacktestRequest, strategy: AnyStrategy | None, permission
         trusted=permissions.trusted,
         cwd=permissions.cwd,
     )
-
-
-def _check_roots(reference: str, roots: tuple[str, ...]) -> None:
-    # A reference may be several files, SYM=path,SYM2=path2; each must lie under a root once links are followed.
-    resolved = [Path(root).resolve() for root in roots]
-    for part in reference.split(","):
-        path = Path(part.split("=", 1)[-1]).resolve()
-        if not any(path.is_relative_to(root) for root in resolved):
-            raise DataNotAllowedError(
-                "the operation's data lie outside the permitted roots", hint="open the worker with data_roots=(...)"
-            )

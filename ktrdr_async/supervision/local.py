@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from ktrdr_async.backtesting.engine import BacktestingEngine
@@ -12,7 +13,8 @@ from ktrdr_async.backtesting.request import BacktestRequest
 from ktrdr_async.backtesting.results import BacktestResults, RunStatistics
 from ktrdr_async.errors import ParameterError
 from ktrdr_async.market import Bars
-from ktrdr_async.supervision.jobs import Permissions, in_thread, resolve
+from ktrdr_async.supervision.jobs import Permissions, resolve
+from ktrdr_async.supervision.shielding import in_thread
 from ktrdr_async.supervision.turns import turns_of_this_loop
 
 if TYPE_CHECKING:
@@ -81,9 +83,10 @@ async def backtest(
     started = time.monotonic()
     turn = turns_of_this_loop().turn()
     engine = BacktestingEngine(job.request, job.bars, job.strategy, turn=turn)
-    async for block in engine.run():
-        if on_block is not None:
-            on_block(block)
+    async with aclosing(engine.run()) as blocks:  # where `on_block` raises, the turn is given back at once
+        async for block in blocks:
+            if on_block is not None:
+                on_block(block)
     results = engine.results()
     results.run = RunStatistics(seconds=time.monotonic() - started, bars_computed=len(job.bars))
     return results

@@ -48,8 +48,8 @@ class Mailbox:
         self.paused = False
         self.checkpoint_requests: list[asyncio.Future[int]] = []
         self._task: asyncio.Task[object] | None = None
-        self._going = asyncio.Event()
-        self._going.set()
+        self._closed: BaseException | None = None
+        self._news = asyncio.Event()
 
     def attach(self, task: asyncio.Task[object]) -> None:
         """Names the task that an ending interrupts."""
@@ -69,26 +69,38 @@ class Mailbox:
     def pause(self) -> None:
         """Asks for a halt at the next boundary."""
         self.paused = True
-        self._going.clear()
 
     def go_on(self) -> None:
         """Ends a halt."""
         self.paused = False
-        self._going.set()
+        self._news.set()
 
-    async def until_going(self) -> None:
-        """Waits for the end of a halt."""
-        await self._going.wait()
+    async def until_news(self) -> None:
+        """Waits during a halt for its end, or for something to do in it; called with nothing else awaited before."""
+        self._news.clear()
+        await self._news.wait()
 
     def ask_checkpoint(self) -> asyncio.Future[int]:
         """Asks for a checkpoint at the next boundary; the future gives its bar once it is durable."""
+        if self._closed is not None:
+            raise self._closed
         asked: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.checkpoint_requests.append(asked)
+        self._news.set()
         return asked
 
-    def close(self, error: BaseException | None) -> None:
-        """Answers what is still asked for when the operation has ended."""
-        for asked in self.checkpoint_requests:
-            if not asked.done():
-                asked.set_exception(error) if error is not None else asked.cancel()
-        self.checkpoint_requests.clear()
+    def answer(self, asked: list[asyncio.Future[int]], bar_index: int | BaseException) -> None:
+        """Tells those who asked the bar that is durable now, or why none is."""
+        for future in asked:
+            self.checkpoint_requests.remove(future)
+            if future.done():
+                continue
+            if isinstance(bar_index, BaseException):
+                future.set_exception(bar_index)
+            else:
+                future.set_result(bar_index)
+
+    def close(self, error: BaseException) -> None:
+        """Answers what is still asked for, and all that comes later, when the operation has ended."""
+        self._closed = error
+        self.answer(list(self.checkpoint_requests), error)

@@ -18,19 +18,23 @@ import anyio
 import msgspec
 
 from ktrdr_async.backtesting.checkpoint_builder import Since, build_backtest_checkpoint_state, build_closing_state
-from ktrdr_async.backtesting.results import BacktestResults, RunStatistics
+from ktrdr_async.backtesting.results import BacktestResults, Outcome, RunStatistics
 from ktrdr_async.checkpoint.schemas import BacktestCheckpointState, CheckpointType
 from ktrdr_async.errors import (
     CancellationError,
     CheckpointCorruptedError,
     CheckpointMismatchError,
+    DatabaseError,
+    InvalidTransitionError,
     KtrdrError,
     OperationNotFoundError,
     OwnershipLostError,
+    SaveTimeoutError,
+    StrategyError,
 )
 from ktrdr_async.operations.lifecycle import Status
 from ktrdr_async.supervision.mailbox import Ending, Mailbox, Progress
-from ktrdr_async.supervision.shielding import finish, finish_or_raise
+from ktrdr_async.supervision.shielding import finish
 
 if TYPE_CHECKING:
     from ktrdr_async.backtesting.engine import BacktestingEngine, Block
@@ -44,7 +48,15 @@ logger = logging.getLogger("ktrdr_async.supervision")
 FINAL_SAVE_SECONDS = 10.0
 COMPLETION_SECONDS = 60.0
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 30.0  # seconds between tries of a periodic save that failed
-_NOT_OURS = (OwnershipLostError, OperationNotFoundError)
+# What a write of ours says where the operation isn't running under our claim any more: nothing is left to be written.
+SETTLED = (OwnershipLostError, OperationNotFoundError, InvalidTransitionError, CancellationError)
+
+
+class End(msgspec.Struct, frozen=True):
+    """How an operation stands, or is to stand, when nobody runs it."""
+
+    status: Status
+    error: dict[str, Any] | None = None  # of a failure
 
 
 class Supervisor:
@@ -57,7 +69,7 @@ class Supervisor:
         policy: when a checkpoint is due.
         turn: the engine's turn.
         mailbox: what others ask for.
-        prior: the status to go back to where nothing may change.
+        prior: what to go back to where nothing may change.
         statistics: how the run goes; goes on across restarts.
         last_line: where final saves go; None: the checkpoints' own database.
         throttle: bars a second at most; None: as fast as it goes.
@@ -74,7 +86,7 @@ class Supervisor:
         turn: OperationTurn,
         mailbox: Mailbox,
         *,
-        prior: Status,
+        prior: End,
         statistics: RunStatistics,
         last_line: Source | None = None,
         throttle: float | None = None,
@@ -86,6 +98,7 @@ class Supervisor:
         self.checkpoint_bar: int | None = None
         self.restartable = False  # it ended with a transient error, and still holds its claim
         self.final_save_error: BaseException | None = None
+        self.owed: End | None = End(Status.INTERRUPTED)  # what is still to be written of the end; None: nothing
         self._transient = transient
         self._last_line = last_line
         self._engine = engine
@@ -99,6 +112,8 @@ class Supervisor:
         self._began = clock()
         self._first_bar = 0
         self._block: Block | None = None
+        self._settled = False  # a save found that the operation doesn't run under our claim any more
+        self._counted = False  # the statistics hold this run
         self._retry_at: float | None = None
         self._backoff = _FIRST_BACKOFF
 
@@ -121,6 +136,8 @@ class Supervisor:
             async with aclosing(self._engine.run(state)) as blocks:
                 async for block in blocks:
                     self._block = block
+                    if self._told_to_end():  # and the strategy has swallowed it
+                        raise asyncio.CancelledError
                     if self._due(block.bar_index):
                         await self._save(CheckpointType.PERIODIC)
                     if self._mailbox.waiting:
@@ -129,26 +146,26 @@ class Supervisor:
                         await self._slow_down(block.bar_index, self._throttle)
             self._finish_statistics()
             results = await self._turn.offload(self._results)
+            outcome, closing = results.outcome(), build_closing_state(self._engine, self._since())
         except asyncio.CancelledError as error:
-            await self.end_cancelled(error)
-            raise
-        except _NOT_OURS:
-            raise
+            if self._told_to_end():
+                await self.end_cancelled(error)
+                raise
+            await self._end_failed(failed := _cancelled_itself())
+            raise failed from error
         except (CheckpointMismatchError, CheckpointCorruptedError) as error:
             await self._hand_back(error)
             raise
-        except self._transient:
-            self._finish_statistics()
-            if self._engine.boundary.bar_index >= 0:
-                await self._save(CheckpointType.FAILURE)
-            self.restartable = True
+        except self._transient as error:
+            await self._prepare_restart(error)
             raise
         except Exception as error:
-            await self._end_failed(error)
+            if not self._settled:
+                await self._end_failed(error)
             raise
         finally:
             self._turn.leave()
-        return await self._complete(results)
+        return await self._complete(results, outcome, closing)
 
     @property
     def progress(self) -> Progress:
@@ -182,8 +199,15 @@ class Supervisor:
         return results
 
     def _finish_statistics(self) -> None:
-        self.statistics.seconds += self._clock() - self._began
-        self.statistics.bars_computed += self._engine.boundary.bar_index + 1 - self._first_bar
+        if not self._counted:
+            self._counted = True
+            self.statistics.seconds += self._clock() - self._began
+            self.statistics.bars_computed += max(0, self._engine.boundary.bar_index + 1 - self._first_bar)
+
+    def _told_to_end(self) -> bool:
+        """Whether this task was cancelled, by the mailbox or from outside; else a CancelledError is the strategy's."""
+        task = asyncio.current_task()
+        return self._mailbox.ending is not None or (task is not None and task.cancelling() > 0)
 
     # Checkpoints while it runs.
 
@@ -218,7 +242,10 @@ class Supervisor:
             self.statistics.checkpoints_saved += 1
             self._policy.record_checkpoint(bar, seconds)
             self._retry_at, self._backoff = None, _FIRST_BACKOFF
-        elif not isinstance(done.error, Exception) or isinstance(done.error, _NOT_OURS):
+        elif isinstance(done.error, SETTLED):
+            self._settled, self.owed = True, None
+            raise done.error
+        elif not isinstance(done.error, Exception):
             raise done.error
         else:
             self.statistics.checkpoints_failed += 1
@@ -236,20 +263,15 @@ class Supervisor:
 
     async def _answer(self) -> None:
         """What the mailbox asks for at a boundary."""
-        box = self._mailbox
+        box, bar = self._mailbox, self._engine.boundary.bar_index
         while box.waiting:
-            asked, box.checkpoint_requests = box.checkpoint_requests, []
-            saved = await self._save(CheckpointType.PERIODIC)
-            for future in asked:
-                if future.done():
-                    continue
-                if saved:
-                    future.set_result(self._engine.boundary.bar_index)
-                else:
-                    future.set_exception(KtrdrError(f"{self.operation_id}: the checkpoint failed", hint="see the log"))
-            if box.paused:
+            asked = list(box.checkpoint_requests)  # they stay in the box, which answers them if the save doesn't return
+            saved = self.checkpoint_bar == bar or await self._save(CheckpointType.PERIODIC)
+            failed = KtrdrError(f"{self.operation_id}: the checkpoint failed", hint="see the log")
+            box.answer(asked, bar if saved else failed)
+            if box.paused and not box.checkpoint_requests:
                 self._turn.leave()
-                await box.until_going()
+                await box.until_news()
                 await self._turn.enter()
 
     async def _slow_down(self, bar_index: int, throttle: float) -> None:
@@ -261,59 +283,71 @@ class Supervisor:
 
     # Ends.
 
-    async def _complete(self, results: BacktestResults) -> BacktestResults:
+    async def _complete(
+        self, results: BacktestResults, outcome: Outcome, closing: BacktestCheckpointState
+    ) -> BacktestResults:
         """Result stored and checkpoint deleted, in one statement; a cancel that was committed before it wins."""
-        outcome = results.outcome()
-        state = build_closing_state(self._engine, self._since())
         done = await finish(
             lambda: self._checkpoints.finish(
                 Status.COMPLETED,
-                state=state,
+                state=closing,
                 result=msgspec.to_builtins(outcome),
                 result_digest=outcome.digest,
                 deadline=COMPLETION_SECONDS,
             )
         )
-        if isinstance(done.error, CancellationError):
-            await self._write_end(Status.CANCELLED, CheckpointType.CANCELLATION, None, done.error)
-        if done.cancelled is not None:
-            if done.error is not None:
-                done.cancelled.add_note(_note(self.operation_id, done.error))
-            raised = self._translated(done.cancelled)
-            if isinstance(raised, asyncio.CancelledError) or done.error is not None:
+        error, cancelled = done.error, done.cancelled
+        if error is not None:
+            late = await self._end_incomplete(error)
+            if isinstance(self.final_save_error, InvalidTransitionError) and not isinstance(error, SETTLED):
+                error = None  # the completion had landed after all
+            cancelled = late or cancelled
+        else:
+            self.owed = None
+        if cancelled is not None:
+            if error is not None:
+                cancelled.add_note(_note(self.operation_id, error))
+            raised = self._translated(cancelled)
+            if isinstance(raised, asyncio.CancelledError):
                 raise raised
-        if done.error is not None:
-            raise done.error
+        if error is not None:
+            raise error
         return results  # also where the mailbox asked for an end too late
+
+    async def _end_incomplete(self, error: BaseException) -> asyncio.CancelledError | None:
+        """What is written where the completion couldn't be."""
+        if isinstance(error, CancellationError):
+            return await self._write_end(End(Status.CANCELLED), CheckpointType.CANCELLATION, error)
+        if isinstance(error, SETTLED):
+            self.owed = None
+            return None
+        if isinstance(error, SaveTimeoutError | DatabaseError) or not isinstance(error, Exception):
+            return await self._write_end(End(Status.INTERRUPTED), CheckpointType.SHUTDOWN, error)
+        return await self._write_end(End(Status.FAILED, self._failure(error)), CheckpointType.FAILURE, error)
 
     async def end_cancelled(self, error: asyncio.CancelledError) -> None:
         """A cancellation of this task: why it came decides what is written and what is raised."""
         why = self._mailbox.ending
-        if why is Ending.LOST:
-            self._absorb_own_cancel()
-            raise OwnershipLostError(
-                self.operation_id, f"{self.operation_id}: a newer owner holds it; nothing was written"
-            ) from None
-        shutdown = why is Ending.SHUTDOWN
         self._finish_statistics()
-        await self._write_end(
-            Status.INTERRUPTED if shutdown else Status.CANCELLED,
-            CheckpointType.SHUTDOWN if shutdown else CheckpointType.CANCELLATION,
-            None,
-            error,
-        )
+        if why is Ending.LOST:
+            self.owed = None
+        elif why is Ending.SHUTDOWN:
+            await self._write_end(End(Status.INTERRUPTED), CheckpointType.SHUTDOWN, error)
+        else:
+            await self._write_end(End(Status.CANCELLED), CheckpointType.CANCELLATION, error)
         translated = self._translated(error)
         if translated is not error:
             raise translated from None
 
     def _translated(self, error: asyncio.CancelledError) -> BaseException:
         """What is raised: the cancellation where it came from outside, else what the mailbox asked for."""
-        if self._mailbox.ending is None or self._absorb_own_cancel():
+        why, named = self._mailbox.ending, self.operation_id
+        if why is None or self._absorb_own_cancel():
             return error
-        reason = "shut down with its worker" if self._mailbox.ending is Ending.SHUTDOWN else "cancelled on request"
-        translated = CancellationError(
-            self.operation_id, f"{self.operation_id} was {reason}", hint=_resume_hint(self.operation_id)
-        )
+        if why is Ending.LOST:
+            return OwnershipLostError(named, f"{named}: a newer owner holds it; nothing was written")
+        reason = "shut down with its worker" if why is Ending.SHUTDOWN else "cancelled on request"
+        translated = CancellationError(named, f"{named} was {reason}", hint=_resume_hint(named))
         for note in getattr(error, "__notes__", []):
             translated.add_note(note)
         return translated
@@ -324,28 +358,51 @@ class Supervisor:
         task = asyncio.current_task()
         return task is not None and task.uncancel() > 0
 
-    async def _end_failed(self, error: Exception) -> None:
-        found: dict[str, Any] = {
+    async def _prepare_restart(self, error: Exception) -> None:
+        """After a transient error: its last boundary is saved, and the claim is kept."""
+        self._finish_statistics()
+        try:
+            if self._engine.boundary.bar_index > (-1 if self.checkpoint_bar is None else self.checkpoint_bar):
+                await self._save(CheckpointType.FAILURE)
+        except asyncio.CancelledError as cancelled:
+            cancelled.add_note(f"meanwhile: {type(error).__name__}: {error}")
+            await self.end_cancelled(cancelled)
+            raise
+        except Exception as broken:
+            if not self._settled:
+                await self._end_failed(broken)
+            raise
+        self.restartable = True
+
+    def _failure(self, error: Exception) -> dict[str, Any]:
+        return {
             "type": type(error).__name__,
             "message": str(error),
             "bar": self._engine.failed_bar,
             "notes": list(getattr(error, "__notes__", [])),
         }
-        cancelled = await self._write_end(Status.FAILED, CheckpointType.FAILURE, found, error)
+
+    async def _end_failed(self, error: Exception) -> None:
+        self._finish_statistics()
+        cancelled = await self._write_end(End(Status.FAILED, self._failure(error)), CheckpointType.FAILURE, error)
         error.add_note(_resume_hint(self.operation_id))
         if cancelled is not None:
-            cancelled.add_note(f"meanwhile the operation failed: {type(error).__name__}: {error}")
-            raise self._translated(cancelled)
+            raised = self._translated(cancelled)
+            if isinstance(raised, asyncio.CancelledError):  # what the mailbox asked for came too late
+                raised.add_note(f"meanwhile the operation failed: {type(error).__name__}: {error}")
+                raise raised
 
-    async def _hand_back(self, error: KtrdrError) -> None:
+    async def _hand_back(self, error: CheckpointMismatchError | CheckpointCorruptedError) -> None:
         """The checkpoint isn't for this code or these data: the operation goes back as it was."""
-        await finish_or_raise(
-            lambda: self._checkpoints.finish(self._prior, state=None, error=None, deadline=FINAL_SAVE_SECONDS)
-        )
+        error.operation_id = self.operation_id
+        cancelled = await self._write(self._prior, None, None, error)
+        if cancelled is not None:
+            raised = self._translated(cancelled)
+            if isinstance(raised, asyncio.CancelledError):
+                raised.add_note(f"meanwhile: {type(error).__name__}: {error}")
+                raise raised
 
-    async def _write_end(
-        self, status: Status, kind: CheckpointType, failure: dict[str, Any] | None, error: BaseException
-    ) -> asyncio.CancelledError | None:
+    async def _write_end(self, end: End, kind: CheckpointType, error: BaseException) -> asyncio.CancelledError | None:
         """Writes status and last boundary in one statement. What goes wrong becomes a note on `error`."""
         self._turn.leave()
         state: BacktestCheckpointState | None = None
@@ -355,25 +412,36 @@ class Supervisor:
         except Exception as broken:
             logger.exception("%s: its last boundary can't be saved", self.operation_id)
             error.add_note(_note(self.operation_id, broken))
+        return await self._write(end, kind, state, error)
+
+    async def _write(
+        self, end: End, kind: CheckpointType | None, state: BacktestCheckpointState | None, error: BaseException
+    ) -> asyncio.CancelledError | None:
         done = await finish(
             lambda: self._checkpoints.finish(
-                status,
+                end.status,
                 state=state,
                 checkpoint_type=kind,
-                error=failure,
+                error=end.error,
                 deadline=FINAL_SAVE_SECONDS,
                 through=self._last_line,
             )
         )
         if done.error is None:
+            self.owed = None
             self.statistics.checkpoints_saved += state is not None
             self.checkpoint_bar = state.bar_index if state is not None else self.checkpoint_bar
         else:
+            self.owed = None if isinstance(done.error, SETTLED) else end
             self.statistics.checkpoints_failed += 1
             self.final_save_error = done.error
             logger.error("%s: the final save failed: %s: %s", self.operation_id, type(done.error).__name__, done.error)
             error.add_note(_note(self.operation_id, done.error))
         return done.cancelled
+
+
+def _cancelled_itself() -> StrategyError:
+    return StrategyError("something that the strategy awaited was cancelled; nobody has cancelled the operation")
 
 
 def _note(operation_id: str, error: BaseException) -> str:

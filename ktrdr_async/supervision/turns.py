@@ -15,9 +15,7 @@ from collections.abc import Callable
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
-import anyio.to_thread
-
-from ktrdr_async.supervision.shielding import finish_or_raise
+from ktrdr_async.supervision.shielding import in_thread
 
 T = TypeVar("T")
 
@@ -76,20 +74,21 @@ class Turns:
 class OperationTurn:
     """One operation's turn; what an engine's `Turn` asks for."""
 
-    __slots__ = ("_deadline", "_turns", "since")
+    __slots__ = ("_turns", "clock", "deadline", "since")
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
-        self._deadline = 0.0
+        self.clock = turns.clock
+        self.deadline = 0.0
         self.since = 0.0
 
     def due(self) -> bool:
         """Whether this turn is over."""
-        return self._turns.clock() >= self._deadline
+        return self._turns.clock() >= self.deadline
 
     def _begin(self) -> None:
         self.since = self._turns.clock()
-        self._deadline = self.since + self._turns.budget
+        self.deadline = self.since + self._turns.budget
 
     async def enter(self) -> None:
         """Waits for the token. Entering twice is once."""
@@ -127,7 +126,7 @@ class OperationTurn:
     async def offload(self, work: Callable[[], T]) -> T:
         """Runs large one-off work in a thread, without the token. A cancellation waits: threads can't be ended."""
         self.leave()
-        result = await finish_or_raise(lambda: anyio.to_thread.run_sync(work))
+        result = await in_thread(work)
         await self.enter()
         return result
 

@@ -19,7 +19,6 @@ from ktrdr_async.backtesting.request import BacktestRequest
 from ktrdr_async.backtesting.results import BacktestResults, Outcome
 from ktrdr_async.checkpoint.service import CheckpointService
 from ktrdr_async.errors import (
-    AlreadyClaimedError,
     CancellationError,
     CheckpointMismatchError,
     InvalidTransitionError,
@@ -30,10 +29,11 @@ from ktrdr_async.operations.lifecycle import Operation, Owner, Status, is_alive
 from ktrdr_async.operations.service import OperationsService
 from ktrdr_async.storage.database import Database
 from ktrdr_async.supervision.actor import Actor, Plan
+from ktrdr_async.supervision.debts import Debts
 from ktrdr_async.supervision.heart import Heart, LastLine, Running
-from ktrdr_async.supervision.jobs import Permissions, in_thread, narrowed, read_bars
+from ktrdr_async.supervision.jobs import Permissions, narrowed, read_bars
 from ktrdr_async.supervision.mailbox import Ending, Progress
-from ktrdr_async.supervision.shielding import finish_or_raise, until_done
+from ktrdr_async.supervision.shielding import finish_or_raise, in_thread, until_done
 from ktrdr_async.supervision.turns import Turns
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ class BacktestWorker:
         self._slots = asyncio.Semaphore(max_operations)
         self._running: dict[str, Running] = {}
         self._actors: dict[str, Actor] = {}
+        self.debts = Debts()  # ends that couldn't be written yet
         self._closing = False
         self.owner = Owner.this_process()
         self.last_line: LastLine | None = None  # where final saves go; set by `open`
@@ -185,7 +186,9 @@ class BacktestWorker:
             )
             async with database.reserved() as reserved:
                 worker.last_line = LastLine(database, reserved)
-                heart = asyncio.create_task(Heart(reserved, worker.operations, worker._running).beat_for_ever())
+                heart = asyncio.create_task(
+                    Heart(reserved, worker.operations, worker._running, worker.debts).beat_for_ever()
+                )
                 try:
                     if resume_orphans:
                         await worker._adopt_orphans()
@@ -444,33 +447,47 @@ class BacktestWorker:
         """Cancels an operation of any process; its checkpoint is durable on return. One that has ended stays as it is.
 
         Raises:
-            OperationNotFoundError: if there is none.
+            OperationNotFoundError: if there is none, or it was cancelled here before its data were read.
             TimeoutError: if its owner doesn't answer within `timeout` seconds.
             Exception: if the final save failed.
         """
         actor = self._actors.get(operation_id)
         if actor is not None:
             actor.end(Ending.CANCEL)
-            await asyncio.wait({actor.task})
+            _, late = await asyncio.wait({actor.task}, timeout=timeout)
+            if late:
+                raise TimeoutError(f"{operation_id} was told to end, and hasn't within {timeout} s")
             actor.raise_failed_save()
             return await self.operations.get(operation_id)
-        row = await self.operations.cancel(operation_id)
-        if row.status is Status.RUNNING and row.owner is not None and is_alive(row.owner) is False:
-            return await self._bury(row)
-        with anyio.fail_after(timeout):
-            while row.status is Status.RUNNING and row.cancel_requested:
-                await anyio.sleep(POLL_SECONDS / 2)
-                row = await self.operations.get(operation_id)
+        try:
+            row = await self.operations.cancel(operation_id)
+            with anyio.fail_after(timeout):
+                while row.status is Status.RUNNING and row.cancel_requested:
+                    await anyio.sleep(POLL_SECONDS / 2)
+                    row = await self.operations.get(operation_id)
+                    if row.owner is not None and is_alive(row.owner) is False:
+                        row = await self.operations.cancel(operation_id)  # it died before it heard of it
+        except InvalidTransitionError:
+            return await self.operations.get(operation_id)
         return row
 
-    async def _bury(self, row: Operation) -> Operation:
-        """Cancels what a dead process left running; its checkpoint stands."""
-        try:
-            claim = await self.operations.claim(row.operation_id, owner=self.owner)
-        except AlreadyClaimedError:
-            return await self.operations.get(row.operation_id)
-        await finish_or_raise(lambda: CheckpointService(self.database, claim).finish(Status.CANCELLED, state=None))
-        return await self.operations.get(row.operation_id)
+    async def pause(self, operation_id: str) -> Operation:
+        """Halts an operation of any process at its next boundary, after a checkpoint; it stays so across claims.
+
+        Raises:
+            OperationNotFoundError: if there is none.
+            InvalidTransitionError: if it is completed.
+        """
+        return await self.operations.pause(operation_id, True)
+
+    async def go_on(self, operation_id: str) -> Operation:
+        """Ends a halt, in any process.
+
+        Raises:
+            OperationNotFoundError: if there is none.
+            InvalidTransitionError: if it is completed.
+        """
+        return await self.operations.pause(operation_id, False)
 
     async def shutdown(self) -> None:
         """Ends every operation with a `shutdown` checkpoint; nothing starts here any more."""
@@ -491,6 +508,8 @@ class BacktestWorker:
         finally:
             heart.cancel()
             await asyncio.wait({heart})
+            if self.debts:
+                await self.debts.pay(seconds=2.0)
 
 
 def progress_of(row: Operation) -> Progress:

@@ -92,7 +92,7 @@ async def waiting_on_a_lock(connection: Any, count: int = 1) -> None:
 
 
 class CuttingProxy:
-    """Between a pool and the server; at the next Bind (a statement with parameters) it does once what `armed` says.
+    """Between a pool and the server; when the next guarded statement is executed it does once what `armed` says.
 
     "reply": the server gets the statement, the client is cut off before the answer. "request": the server doesn't get it.
     "late": the client is cut off, the server gets the statement when `release()` is called.
@@ -101,9 +101,13 @@ class CuttingProxy:
     def __init__(self, target: str) -> None:
         self.target = target
         self.armed: str | None = None
-        self.passed = 0  # statements since the start
         self._late: list[tuple[bytes, asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def held(self) -> int:
+        """How many statements wait for `release()`."""
+        return len(self._late)
 
     async def release(self) -> None:
         """Let the held statements reach the server, and wait until it has answered."""
@@ -134,12 +138,13 @@ class CuttingProxy:
                     continue
                 writer.write(chunk)
             answered.set()
+            if not muted:
+                writer.close()
 
         back = asyncio.create_task(down())
         try:
             while chunk := await reader.read(1_000_000):
-                if chunk[:1] == b"B":
-                    self.passed += 1
+                if b"WITH own AS" in chunk and b"B" in message_types(chunk):
                     what, self.armed = self.armed, None
                     if what == "late":
                         back.cancel()
@@ -163,6 +168,15 @@ class CuttingProxy:
             if not any(held[2] is up_writer for held in self._late):
                 up_writer.transport.abort()
             self._tasks.discard(task)
+
+
+def message_types(chunk: bytes) -> set[bytes]:
+    """Types of the protocol messages in what a client wrote at once."""
+    found, place = set(), 0
+    while place + 5 <= len(chunk):
+        found.add(chunk[place : place + 1])
+        place += 1 + int.from_bytes(chunk[place + 1 : place + 5], "big")
+    return found
 
 
 @asynccontextmanager

@@ -266,14 +266,28 @@ async def test_too_large_states_are_refused_with_their_size(database: Database, 
     assert not service.in_doubt
 
 
-async def test_what_postgresql_refuses_as_too_large_says_its_size(database: Database) -> None:
-    """JSONB's own limit: a string of 256 MB and more; here by numbers, which grow when they are parsed."""
+@pytest.mark.parametrize(
+    ("condition", "kind"), [("program_limit_exceeded", CheckpointTooLargeError), ("disk_full", CheckpointError)]
+)
+async def test_what_postgresql_refuses_says_why_and_how_large(
+    database: Database, condition: str, kind: type[CheckpointError]
+) -> None:
     _, _, service = await claimed(database)
-    wide = state(99, original_request={"list": [10**17] * 9_000_000})
-    with pytest.raises(CheckpointTooLargeError, match=r"1\d{8} bytes"):
-        await service.save_checkpoint("op", PERIODIC, wide)
-    assert not service.in_doubt
-    await service.save_checkpoint("op", PERIODIC, state(99))
+    await service.save_checkpoint("op", PERIODIC, state(99, 6))
+    async with database.connection() as connection:
+        await connection.execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+            f" $$ BEGIN RAISE EXCEPTION 'no room' USING ERRCODE = '{condition}'; END $$;"
+            "CREATE TRIGGER refuse BEFORE INSERT ON ktrdr.ledger_segments FOR EACH ROW EXECUTE FUNCTION refuse()"
+        )
+        with pytest.raises(kind, match=r"a checkpoint of \d{3} bytes.*no room") as caught:
+            await service.save_checkpoint("op", PERIODIC, state(199, 7, since=6))
+        assert type(caught.value) is kind
+        assert not service.in_doubt
+        assert await head_of(database) == (1, "periodic", 99)  # the last good one
+        await connection.execute("DROP TRIGGER refuse ON ktrdr.ledger_segments")
+    await service.save_checkpoint("op", PERIODIC, state(299, 8, since=6))
+    assert await segments_of(database) == [(1, 0, 6), (2, 6, 8)]
 
 
 async def test_text_that_postgresql_cant_hold_is_refused(database: Database) -> None:

@@ -39,7 +39,7 @@ async def test_migrations_are_applied_in_order_and_once(dsn: str, steps: Path) -
         async with Database.open(dsn, migrations=steps) as database:
             assert await rows(database) == [(1, "first", 0), (2, "second", 0)]
             async with database.connection() as connection:
-                assert await connection.fetch("SELECT n, m FROM ktrdr.first") == [(1, None)]
+                assert [tuple(row) for row in await connection.fetch("SELECT n, m FROM ktrdr.first")] == [(1, None)]
     (steps / "0003_third.sql").write_text("-- min_code_version: 3\nCREATE VIEW ktrdr.third AS SELECT 1 AS n;")
     async with Database.open(dsn, migrations=steps) as database:
         assert (await rows(database))[2:] == [(3, "third", 3)]

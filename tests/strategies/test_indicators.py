@@ -199,7 +199,7 @@ def test_neither_pieces_nor_layout_change_a_bit(
 
 @pytest.mark.parametrize("n", [1, 2, 7, 10, 30, 64, 100])
 def test_agrees_with_pandas(n: int) -> None:
-    high, low, close = prices(np.random.default_rng(n), 500, 2)
+    close = prices(np.random.default_rng(n), 500, 2)[2]
     frame = pd.DataFrame(close)
     np.testing.assert_allclose(indicators.sma(close, n), frame.rolling(n).mean(), rtol=1e-12)
     np.testing.assert_allclose(indicators.rolling_std(close, n), frame.rolling(n).std(), rtol=1e-7, atol=1e-9)

@@ -27,7 +27,7 @@ def anyio_backend() -> str:
 def make_home(*, on_disk: bool = False) -> Path:
     """A directory for an embedded server. pytest's own are 0700: as root, the server's account couldn't pass.
 
-    In memory where there is room for it: the server syncs as it does in earnest, and a busy disk takes seconds for that.
+    In memory where there is room: the server syncs as it does in earnest, and a busy disk takes seconds for that.
     """
     places = [Path("/var/tmp"), Path(tempfile.gettempdir())]
     memory = Path("/dev/shm")

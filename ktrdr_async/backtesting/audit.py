@@ -26,7 +26,8 @@ class Audit(msgspec.Struct, frozen=True):
     @property
     def ok(self) -> bool:
         """Whether everything agrees."""
-        return max(self.cash, self.equity, self.trades, self.pnl) <= self.tolerance
+        # One by one: the largest of several would let a NaN through.
+        return all(each <= self.tolerance for each in (self.cash, self.equity, self.trades, self.pnl))
 
 
 def audit(results: BacktestResults) -> Audit:
@@ -53,8 +54,8 @@ def audit(results: BacktestResults) -> Audit:
         cash=_largest(cash.to_numpy() - fills["cash_after"].to_numpy()),
         equity=_largest(equity.to_numpy() - results.equity),
         trades=_largest(rebuilt - expected) if len(rebuilt) == len(expected) else float("inf"),
-        pnl=abs(flow.sum() + held.iloc[-1] - (results.final_equity - capital)),
-        tolerance=1e-9 * (value.abs().sum() + capital),
+        pnl=abs(float(flow.sum() + held.iloc[-1]) - (results.final_equity - capital)),
+        tolerance=1e-9 * (float(value.abs().sum()) + capital),
     )
 
 

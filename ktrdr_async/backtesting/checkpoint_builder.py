@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -21,7 +22,8 @@ from ktrdr_async.checkpoint.schemas import (
     RecordedValue,
     WaitingOrder,
 )
-from ktrdr_async.errors import CheckpointCorruptedError
+from ktrdr_async.errors import CheckpointCorruptedError, UndeclaredStateError
+from ktrdr_async.strategies.state import check_state, decode_state, encode_state
 
 if TYPE_CHECKING:
     from ktrdr_async.backtesting.engine import BacktestingEngine
@@ -41,7 +43,7 @@ class Since(msgspec.Struct, frozen=True):
 def build_backtest_checkpoint_state(
     engine: BacktestingEngine,
     bar_index: int,
-    current_timestamp: int,
+    current_timestamp: int | datetime,
     original_request: dict[str, Any] | None = None,
     equity_sample_interval: int = DEFAULT_EQUITY_SAMPLE_INTERVAL,
     *,
@@ -52,26 +54,29 @@ def build_backtest_checkpoint_state(
     Args:
         engine: the engine; it stands at a boundary, or was interrupted after one.
         bar_index: absolute index of the boundary's bar.
-        current_timestamp: that bar's timestamp, ns since the epoch, UTC.
+        current_timestamp: that bar's timestamp: ns since the epoch, UTC, or a datetime (pandas' too).
         original_request: the request as plain values; None: the engine's own.
         equity_sample_interval: bars between two samples of the equity curve.
         since: what is stored already; the growing fields start there. None: the state is whole, trades included.
 
     Raises:
         ValueError: if the boundary isn't at that bar and time.
+        UndeclaredStateError: if the strategy's state would come back as another value.
     """
     boundary, portfolio, bars = engine.boundary, engine.portfolio, engine.bars
     if boundary.bar_index != bar_index or bar_index < 0:
         raise ValueError(f"the engine's boundary is at bar {boundary.bar_index}, not {bar_index}")
-    if int(bars.timestamps[bar_index]) != current_timestamp:
-        raise ValueError(f"bar {bar_index} is at {bars.timestamps[bar_index]} ns, not {current_timestamp}")
+    timestamp = _nanoseconds(current_timestamp)
+    if int(bars.timestamps[bar_index]) != timestamp:
+        raise ValueError(f"bar {bar_index} is at {bars.timestamps[bar_index]} ns, not {timestamp}")
+    _prove_state(engine, boundary)
     start = since or Since()
     ledger = portfolio.events[start.ledger : boundary.events]
     samples = range(start.samples * equity_sample_interval, bar_index + 1, equity_sample_interval)
     prices = PriceRange(bars.low, bars.high)
     return BacktestCheckpointState(
         bar_index=bar_index,
-        current_date=str(np.datetime64(current_timestamp, "ns")) + "Z",
+        current_date=str(np.datetime64(timestamp, "ns")) + "Z",
         cash=boundary.book.money[ex.CASH],
         positions=_positions(engine, boundary),
         trades=trades_of(ledger, engine.request.lot_size, prices) if since is None else [],
@@ -130,6 +135,32 @@ def recorded_values(records: Sequence[RecordedValue], operation: str) -> list[Re
             )
         found.append((record.bar, record.name, value))
     return found
+
+
+def _prove_state(engine: BacktestingEngine, boundary: Boundary) -> None:
+    # The engine proves it at some boundaries only; a checkpoint may be of any.
+    if boundary.strategy_state is None:
+        return
+    kind = type(engine.strategy.state)
+    try:
+        if encode_state(decode_state(boundary.strategy_state, kind)) == boundary.strategy_state:
+            return
+    except msgspec.MsgspecError:
+        pass
+    check_state(engine.strategy.state)  # names the field, unless a block was interrupted and the state has moved on
+    raise UndeclaredStateError(
+        f"{kind.__name__} would come back as another value than it had at bar {boundary.bar_index}",
+        hint="give each field the type that its values have",
+    )
+
+
+def _nanoseconds(time: int | datetime) -> int:
+    if not isinstance(time, datetime):
+        return int(time)
+    import pandas as pd
+
+    stamp = pd.Timestamp(time)
+    return int((stamp.tz_localize("UTC") if stamp.tz is None else stamp).as_unit("ns").value)
 
 
 def _spell(value: float) -> float | str:

@@ -33,7 +33,7 @@ def export(results: BacktestResults, directory: str | Path) -> list[Path]:
         target.mkdir(parents=True, exist_ok=True)
         for name, frame in frames.items():
             csv, parquet = target / f"{name}.csv", target / f"{name}.parquet"
-            frame.to_csv(csv, index=False, float_format=repr)
+            frame.to_csv(csv, index=False)  # floats come out as their shortest exact text
             frame.to_parquet(parquet, index=False)
             written += [csv, parquet]
         outcome = target / "result.json"

@@ -59,18 +59,25 @@ def _source_digest(kind: type) -> str:
     return found.hexdigest()
 
 
+def prepare_manifests(strategy: StrategyBase) -> None:
+    """Computes what all manifests of this process and class share: milliseconds that a loop needn't wait for."""
+    environment()
+    if not identity_of(strategy).source.startswith("builtin:"):
+        numeric_probe()
+
+
 def manifest_of(engine: BacktestingEngine, upto: int) -> Manifest:
     """What a checkpoint at bar `upto` of this engine is made from."""
     identity = identity_of(engine.strategy)
     return Manifest(
-        request=engine.request.to_dict(),
+        request=engine.request.to_dict() | {"parameters": identity.parameters},
         bars=engine.bars.fingerprint(upto),
         strategy=identity.name,
         strategy_source=identity.source,
         decisions=engine.decided.digest(upto),
         arithmetic_version=ARITHMETIC_VERSION,
         numeric_probe=None if identity.source.startswith("builtin:") else numeric_probe(),
-        recorded=environment() | {"tier": "interpreted"},
+        recorded={**environment(), "tier": "interpreted"},
     )
 
 

@@ -180,15 +180,15 @@ class BacktestResults:
         size, events = self.request.lot_size, self.ledger
         return pd.DataFrame(
             {
-                "bar": [e.bar for e in events],
+                "bar": np.array([e.bar for e in events], dtype=np.int64),
                 "time": self._times([e.bar for e in events]),
-                "symbol": [self.bars.symbols[e.symbol] for e in events],
+                "symbol": pd.Series([self.bars.symbols[e.symbol] for e in events], dtype=str),
                 "quantity": np.array([e.lots * size for e in events], dtype=np.float64),
                 "price": np.array([e.price for e in events], dtype=np.float64),
                 "fee": np.array([e.fee for e in events], dtype=np.float64),
                 "cash_after": np.array([e.cash_after for e in events], dtype=np.float64),
-                "part": [e.part for e in events],
-                "reason": [e.reason for e in events],
+                "part": pd.Series([e.part for e in events], dtype=str),
+                "reason": pd.Series([e.reason for e in events], dtype=str),
                 "tag": pd.Series([e.tag for e in events], dtype=object),
                 "requested": np.array([e.requested * size for e in events], dtype=np.float64),
                 "lots": np.array([e.lots for e in events], dtype=np.int64),
@@ -203,8 +203,8 @@ class BacktestResults:
         size, trades = self.request.lot_size, self.trade_records
         return pd.DataFrame(
             {
-                "symbol": [self.bars.symbols[t.symbol] for t in trades],
-                "side": ["long" if t.side > 0 else "short" for t in trades],
+                "symbol": pd.Series([self.bars.symbols[t.symbol] for t in trades], dtype=str),
+                "side": pd.Series(["long" if t.side > 0 else "short" for t in trades], dtype=str),
                 "entry_bar": np.array([t.entry_bar for t in trades], dtype=np.int64),
                 "exit_bar": np.array([t.exit_bar for t in trades], dtype=np.int64),
                 "entry_time": self._times([t.entry_bar for t in trades]),
@@ -216,7 +216,7 @@ class BacktestResults:
                 "net_pnl": np.array([t.net_pnl for t in trades], dtype=np.float64),
                 "mae": np.array([t.mae for t in trades], dtype=np.float64),
                 "mfe": np.array([t.mfe for t in trades], dtype=np.float64),
-                "reason": [t.reason for t in trades],
+                "reason": pd.Series([t.reason for t in trades], dtype=str),
                 "entry_tag": pd.Series([t.entry_tag for t in trades], dtype=object),
                 "exit_tag": pd.Series([t.exit_tag for t in trades], dtype=object),
             }
@@ -260,18 +260,11 @@ class BacktestResults:
                         "net_pnl": gross - fees,
                     }
                 )
-        columns = [
-            "symbol",
-            "side",
-            "entry_bar",
-            "exit_bar",
-            "quantity",
-            "entry_price",
-            "exit_price",
-            "fees",
-            "net_pnl",
-        ]
-        return pd.DataFrame(rows, columns=columns)
+        kinds = {
+            "symbol": str, "side": str, "entry_bar": np.int64, "exit_bar": np.int64, "quantity": np.float64,
+            "entry_price": np.float64, "exit_price": np.float64, "fees": np.float64, "net_pnl": np.float64,
+        }  # fmt: skip
+        return pd.DataFrame(rows, columns=list(kinds)).astype(kinds)
 
     @cached_property
     def equity_curve(self) -> pd.Series[float]:
@@ -293,7 +286,7 @@ class BacktestResults:
         for bar, name, value in self.recorded_values:
             values[row[bar], column[name]] = value
         frame = pd.DataFrame(values, columns=names)
-        frame.insert(0, "bar", bars)
+        frame.insert(0, "bar", np.array(bars, dtype=np.int64))
         frame.insert(1, "time", self._times(bars))
         return frame
 
@@ -305,7 +298,7 @@ class BacktestResults:
         orders = self.unfilled_orders
         return pd.DataFrame(
             {
-                "symbol": [self.bars.symbols[o.symbol] for o in orders],
+                "symbol": pd.Series([self.bars.symbols[o.symbol] for o in orders], dtype=str),
                 "quantity": np.array([o.lots * self.request.lot_size for o in orders], dtype=np.float64),
                 "tag": pd.Series([o.tag for o in orders], dtype=object),
             }
@@ -351,6 +344,11 @@ class BacktestResults:
         from ktrdr_async.backtesting.summary import summary_of
 
         return summary_of(self)
+
+    def _repr_html_(self) -> str:
+        from ktrdr_async.backtesting.summary import html_of
+
+        return html_of(self)
 
     def __str__(self) -> str:
         return self.summary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -90,6 +91,28 @@ def summary_of(results: BacktestResults) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     return "\n".join(lines + [f"! {warning}" for warning in results.warnings])
+
+
+def html_of(results: BacktestResults) -> str:
+    """The summary for a notebook: a small equity curve over the table, everything escaped."""
+    width, height, points = 640, 120, 320
+    equity = results.equity
+    picked = [float(equity[round(i * (len(equity) - 1) / (points - 1))]) for i in range(points)]
+    low, high = min(picked), max(picked)
+    scale = (height - 4) / (high - low) if high > low else 0.0
+    line = " ".join(
+        f"{i * width / (points - 1):.1f},{height - 2 - (v - low) * scale:.1f}" for i, v in enumerate(picked)
+    )
+    rows = "".join(
+        f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>"
+        for name, value in rows_of(results)
+    )
+    notes = "".join(f"<li>{escape(warning)}</li>" for warning in results.warnings)
+    return (
+        f"<svg width='{width}' height='{height}' role='img' aria-label='equity'>"
+        f"<polyline points='{line}' fill='none' stroke='currentColor'/></svg>"
+        f"<table>{rows}</table>{f'<ul>{notes}</ul>' if notes else ''}"
+    )
 
 
 def _parameters(results: BacktestResults) -> str:

@@ -7,6 +7,7 @@ loading. Fields that have their default don't enter a head's digest, so that a l
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
@@ -261,24 +262,24 @@ def head_digest(head: Head, canonical: bytes) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, msgspec.Struct):
-        made = {}
-        for field in msgspec.structs.fields(value):
-            item = getattr(value, field.name)
-            if field.default is not msgspec.NODEFAULT:
-                default = field.default
-            elif field.default_factory is not msgspec.NODEFAULT:
-                default = field.default_factory()
-            else:
-                default = msgspec.NODEFAULT
-            # -0.0 equals 0.0 and isn't it: compared by their bytes.
-            if default is msgspec.NODEFAULT or _canonical.encode(item) != _canonical.encode(default):
-                made[field.name] = _plain(item)
-        return made
+        items = ((name, getattr(value, name), default) for name, default in _defaults(type(value)))
+        # -0.0 equals 0.0 and isn't it: what is a default is told by its bytes.
+        return {name: _plain(item) for name, item, default in items if _canonical.encode(item) != default}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value
+
+
+@functools.cache
+def _defaults(kind: type[msgspec.Struct]) -> tuple[tuple[str, bytes | None], ...]:
+    """Each field's name and the canonical bytes of its default, None where it has none."""
+    found: list[tuple[str, bytes | None]] = []
+    for field in msgspec.structs.fields(kind):
+        default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+        found.append((field.name, None if default is msgspec.NODEFAULT else _canonical.encode(default)))
+    return tuple(found)
 
 
 def segment_rows(segments: Sequence[Segment]) -> tuple[list[Any], ...]:

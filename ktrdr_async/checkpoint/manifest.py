@@ -6,6 +6,7 @@ import functools
 import hashlib
 import math
 import platform
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -37,18 +38,21 @@ class Manifest(msgspec.Struct, frozen=True):
         return result
 
 
-def environment() -> dict[str, str]:
+@functools.cache
+def environment() -> MappingProxyType[str, str]:
     """What is recorded and never compared: versions, machine, system."""
     import numpy
     import pandas
 
-    return {
-        "python": platform.python_version(),
-        "numpy": numpy.__version__,
-        "pandas": pandas.__version__,
-        "machine": platform.machine(),
-        "system": f"{platform.system()} {platform.release()}",
-    }
+    return MappingProxyType(
+        {
+            "python": platform.python_version(),
+            "numpy": numpy.__version__,
+            "pandas": pandas.__version__,
+            "machine": platform.machine(),
+            "system": f"{platform.system()} {platform.release()}",
+        }
+    )
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The command line: `ktrdr-async`. Every command is a thin face on `BacktestWorker` and the services beside it.
 
-Modules here import pandas, asyncpg and pyarrow only inside the functions that need them: help and bad usage answer at once.
+Modules here import pandas, asyncpg and pyarrow only inside the functions that need them: help and bad usage are quick.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ Ctrl-C saves a checkpoint and prints the command that goes on from it.
 def application() -> App:
     """Every command under its name."""
     from ktrdr_async import __version__
-    from ktrdr_async.cli.commands import checkpoints, demo, export, looking, resume, run, strategies, cancel
+    from ktrdr_async.cli.commands import cancel, checkpoints, demo, export, looking, resume, run, strategies
 
     app = App(
         name="ktrdr-async",

@@ -35,7 +35,11 @@ async def carry_out(context: Context, request: BacktestRequest, pace: PaceOption
         return await backtest(bars, request.strategy or "", request=request, on_block=watched.block, cwd=True)
 
     task = asyncio.ensure_future(work())
-    context.signals.react = lambda _: task.cancel()
+
+    def stop(_: int) -> None:
+        task.cancel()
+
+    context.signals.react = stop
     try:
         await asyncio.wait({task})
     finally:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Values = Sequence[float] | NDArray[np.float64]
 
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 PLAIN = " ..::||##"  # where the terminal's encoding has no blocks
 
 
-def sampled(values: Sequence[float], width: int) -> list[float]:
+def sampled(values: Values, width: int) -> list[float]:
     """At most `width` of the values: the last one of each of as many equal parts."""
     count = len(values)
     if count <= width:
@@ -16,7 +23,7 @@ def sampled(values: Sequence[float], width: int) -> list[float]:
     return [float(values[(i + 1) * count // width - 1]) for i in range(width)]
 
 
-def columns(values: Sequence[float], *, width: int, height: int, blocks: str = EIGHTHS) -> list[str]:
+def columns(values: Values, *, width: int, height: int, blocks: str = EIGHTHS) -> list[str]:
     """Lines of a chart, from the top: one column a value, its height between the least and the greatest of them.
 
     Equal values are drawn at half the height; the least is never invisible.
@@ -29,7 +36,7 @@ def columns(values: Sequence[float], *, width: int, height: int, blocks: str = E
     return ["".join(blocks[min(8, max(0, each - 8 * row))] for each in heights) for row in range(height - 1, -1, -1)]
 
 
-def chart(values: Sequence[float], *, width: int, height: int = 6, encoding: str | None = "utf-8") -> list[str]:
+def chart(values: Values, *, width: int, height: int = 6, encoding: str | None = "utf-8") -> list[str]:
     """The chart with its greatest and least value at the left; empty where there is no room for it."""
     try:
         EIGHTHS.encode(encoding or "ascii")

@@ -37,7 +37,7 @@ class Told(msgspec.Struct):
 
 
 class Child:
-    """A `ktrdr-async` in a process and session of its own, so that a Ctrl-C at the terminal reaches its parent alone."""
+    """A `ktrdr-async` in a session of its own, so that a Ctrl-C at the terminal reaches its parent alone."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.told = Told()

@@ -1,4 +1,4 @@
-"""What a command gets beside its options, and how its coroutine is driven: one loop, one task, signals that end it cleanly."""
+"""What a command gets beside its options, and how its coroutine is driven: one loop, one task, clean ends."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Context:
 
         async def guarded() -> T:
             task = asyncio.ensure_future(body())
-            with self.signals.on_this_loop(lambda _: task.cancel()):
+            with self.signals.on_this_loop(lambda _: _cancel(task)):
                 await asyncio.wait({task})
             if task.cancelled():
                 raise Interrupted(f"{self.signals.name}: ended")
@@ -101,6 +101,10 @@ class Context:
             self.output.emit(blank() | {"error": {"code": "interrupted", "message": message, "hint": ""}})
         self.output.note(message)
         return self.signals.exit_code if self.signals.first is not None else 128 + signal.SIGINT
+
+
+def _cancel(task: asyncio.Future[Any]) -> None:
+    task.cancel()
 
 
 class NoteHandler(logging.Handler):

@@ -1,4 +1,4 @@
-"""The demonstration: one backtest is killed, cancelled and resumed in processes of its own, another one never; both are compared."""
+"""The demonstration: a backtest that is killed, cancelled and resumed, and one that isn't; both are compared."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class _Play:
 
     async def _until_waiting(self, watcher: Any, holding: int) -> None:
         async with asyncio.timeout(PATIENCE):
-            while not await watcher.fetchval(WAITING, holding):
+            while not await watcher.fetchval(WAITING, holding):  # noqa: ASYNC110 - the server has no event for it
                 await asyncio.sleep(0.01)
 
     async def _to_its_end(self, what: str, *arguments: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Errors as people and programs get them: one message, a hint, a code, an exit code; of a strategy's own error its frames."""
+"""Errors as people and programs get them: message, hint, code, exit code; of a strategy's error its own frames."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRACEBACK_VARIABLE = "KTRDR_ASYNC_TRACEBACK"  # set: errors that aren't foreseen
 _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 _HINTS = {
     DataNotAllowedError: "if you trust it, name the directory that the data are in: --data-root DIR",
-    AlreadyClaimedError: "cancel it: ktrdr-async cancel ID; or, if you know that its process is gone, resume it with --take-over",
+    AlreadyClaimedError: "ktrdr-async cancel ID ends it; if you know that its process is gone: resume with --take-over",
 }
 
 

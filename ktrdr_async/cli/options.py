@@ -61,15 +61,15 @@ class TrustOptions:
 
     Attributes:
         allow: code that a stored operation's strategy may be imported from; may be given several times.
-        data_root: directory that a stored operation's data may be read from, where the database isn't the embedded one; may be
-            given several times.
+        data_root: directory that a stored operation's data may be read from, where the database isn't the embedded
+            one; may be given several times.
     """
 
     allow: Annotated[tuple[str, ...], Parameter(group=HOW, metavar="MODULE[:CLASS]")] = ()
     data_root: Annotated[tuple[str, ...], Parameter(group=HOW, metavar="DIR")] = ()
 
     def find_in_cwd(self) -> None:
-        """Lets what `--allow` names be found in the current directory, after everything else: the own command line named it."""
+        """Lets what `--allow` names be found in the current directory too: one's own command line named it."""
         if self.allow and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
 
@@ -81,7 +81,7 @@ class PaceOptions:
 
     Attributes:
         checkpoint_bars: bars between two checkpoints.
-        checkpoint_seconds: seconds between two checkpoints, whichever comes first; saves take no more than 5 % of the time.
+        checkpoint_seconds: seconds between two checkpoints, whichever comes first; saves take at most 5 % of the time.
         throttle: bars a second at most, for demonstrations.
         progress_seconds: seconds between two lines of progress; 0.1 on a terminal and 5 elsewhere without it.
         output: directory to write fills, trades, equity and metrics to, as CSV, Parquet and JSON.
@@ -206,6 +206,9 @@ class RequestOptions:
             parsed = parse_parameter(kind, name, value)
             found[name] = os.path.abspath(parsed) if name in files and isinstance(parsed, str) else parsed
         return found
+
+
+USUAL_DATABASE, USUAL_OUTPUT, USUAL_PACE, NO_TRUST = DatabaseOptions(), OutputOptions(), PaceOptions(), TrustOptions()
 
 
 def absolute(reference: str) -> str:

@@ -74,7 +74,7 @@ class Signals:
         import socket
 
         loop = asyncio.get_running_loop()
-        # The kernel may give the signal to another thread: a byte in this socket wakes the loop, which runs the handler.
+        # The kernel may give the signal to another thread: a byte in this socket wakes the loop for the handler.
         reader, writer = socket.socketpair()
         reader.setblocking(False)
         writer.setblocking(False)
@@ -96,10 +96,8 @@ class Signals:
             self.first = number
         if self._loop is not None:
             if self.count - self._told > 2:  # the loop stands still: code of a strategy doesn't give way
-                _write(
-                    2,
-                    f"the process is busy and can't save now; `kill -9 {os.getpid()}` ends it, the last checkpoint stands\n",
-                )
+                kill = f"`kill -9 {os.getpid()}` ends it, and the last checkpoint stands"
+                _write(2, f"the process is busy and can't save now; {kill}\n")
             self._loop.call_soon_threadsafe(self._tell, number)
         elif not self._over:
             self._leave(number)

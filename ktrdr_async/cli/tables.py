@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ktrdr_async.cli.chart import chart
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from rich.table import Table
 
     from ktrdr_async.backtesting.results import Outcome
@@ -95,7 +97,7 @@ def print_summary(
     operation_id: str | None,
     outcome: Outcome,
     request: Mapping[str, Any],
-    equity: Sequence[float] | None,
+    equity: Sequence[float] | NDArray[np.float64] | None,
 ) -> None:
     """The end of a run: figures, equity as a chart where it is at hand, warnings, digest."""
     from rich.text import Text
@@ -109,7 +111,7 @@ def print_summary(
     print_digest(output, outcome.digest)
 
 
-def print_equity(output: Output, equity: Sequence[float]) -> None:
+def print_equity(output: Output, equity: Sequence[float] | NDArray[np.float64]) -> None:
     """The equity curve as a small chart."""
     for line in chart(equity, width=min(output.console().width, 80), encoding=output.encoding):
         output.line(line)

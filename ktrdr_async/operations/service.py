@@ -5,6 +5,7 @@ Saving, loading and ending a run is the checkpoint service's.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ from ktrdr_async.errors import (
     OperationNotFoundError,
 )
 from ktrdr_async.operations.bounded import bounded
-from ktrdr_async.operations.jsonb import canonical, from_json, to_json
+from ktrdr_async.operations.jsonb import canonical, to_json
 from ktrdr_async.operations.lifecycle import (
     LEASE_SECONDS,
     Answer,
@@ -33,9 +34,11 @@ from ktrdr_async.operations.lifecycle import (
     Status,
     is_alive,
 )
+from ktrdr_async.operations.rows import already_claimed, existing, first_difference, not_found, operation_of, owner_of
 from ktrdr_async.storage.database import Database, is_transient
 
 CALL_SECONDS = 30.0  # for each call, retries included
+CONTENTIONS = 20  # tries after a serialization failure
 AMBIGUOUS_SHOWN = 10  # ids that an ambiguous prefix lists
 
 T = TypeVar("T")
@@ -60,6 +63,9 @@ class OperationsService:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._unused: set[uuid.UUID] = (
+            set()
+        )  # tokens of claims that weren't heard of, and may have landed or still land
 
     async def create(
         self,
@@ -98,7 +104,7 @@ class OperationsService:
         if canonical(found.request) != canonical(request) or found.type != type:
             raise OperationConflictError(
                 named,
-                f"operation {named} exists with another request ({_first_difference(found.request, request)})",
+                f"operation {named} exists with another request ({first_difference(found.request, request)})",
                 hint="use another id, or none for a random one",
             )
         return found
@@ -127,18 +133,18 @@ class OperationsService:
         async def work(connection: Any) -> Claim:
             row = await connection.fetchrow(self._database.sql("claimable"), operation_id, lease_seconds)
             if row is None:
-                raise _not_found(operation_id)
+                raise not_found(operation_id)
             if row["owner_token"] == token and row["status"] == Status.RUNNING:
                 return Claim(operation_id, row["epoch"], token)  # an earlier try, whose answer was lost
             if row["status"] == Status.COMPLETED:
                 raise InvalidTransitionError(
                     operation_id, f"operation {operation_id} is completed: nothing is left to run"
                 )
-            free = take_over
+            free = take_over or row["owner_token"] in self._unused
             if row["status"] == Status.RUNNING and not free:
-                alive = is_alive(_owner_of(row))
+                alive = is_alive(owner_of(row))
                 if alive or (alive is None and not row["lease_passed"]):
-                    raise _claimed(operation_id, row)
+                    raise already_claimed(operation_id, row)
                 free = alive is False
             epoch = await connection.fetchval(
                 self._database.sql("claim_operation"),
@@ -158,12 +164,16 @@ class OperationsService:
             # Another claim, a heartbeat or the run's own end came between: one of them won, and this isn't tried again.
             row = await connection.fetchrow(self._database.sql("claimable"), operation_id, lease_seconds)
             if row is None:
-                raise _not_found(operation_id)
+                raise not_found(operation_id)
             if row["owner_token"] is None or row["status"] != Status.RUNNING:
                 raise AlreadyClaimedError(operation_id, f"operation {operation_id} changed while it was being claimed")
-            raise _claimed(operation_id, row)
+            raise already_claimed(operation_id, row)
 
-        return await self._call(work)
+        try:
+            return await self._call(work)
+        except BaseException:
+            self._unused.add(token)
+            raise
 
     async def heartbeat(self, connection: Any, beats: Sequence[Beat]) -> Answers:
         """Renew the lease of every operation that is still ours, store progress, and hear of cancellations and pauses.
@@ -198,7 +208,7 @@ class OperationsService:
             done = await connection.fetchrow(self._database.sql("cancel_operation"), operation_id, epoch)
             row = await connection.fetchrow(self._database.sql("claimable"), operation_id, LEASE_SECONDS)
             if row is not None and done is not None and row["status"] == Status.RUNNING:
-                alive = is_alive(_owner_of(row))
+                alive = is_alive(owner_of(row))
                 if alive is False or (alive is None and row["lease_passed"]):
                     await connection.execute(
                         self._database.sql("cancel_abandoned"),
@@ -215,7 +225,7 @@ class OperationsService:
                 )
             return found
 
-        return _existing(operation_id, await self._call(work))
+        return existing(operation_id, await self._call(work))
 
     async def pause(self, operation_id: str, paused: bool) -> Operation:
         """Ask the operation's owner to pause, or to go on; it stays so across claims.
@@ -234,11 +244,11 @@ class OperationsService:
                 )
             return found
 
-        return _existing(operation_id, await self._call(work))
+        return existing(operation_id, await self._call(work))
 
     async def get(self, operation_id: str) -> Operation:
         """The operation. :raises OperationNotFoundError: if there is none."""
-        return _existing(operation_id, await self._call(lambda connection: self._read(connection, operation_id)))
+        return existing(operation_id, await self._call(lambda connection: self._read(connection, operation_id)))
 
     async def find(self, prefix: str) -> Operation:
         """The operation with this id, or the only one whose id begins with it.
@@ -260,7 +270,7 @@ class OperationsService:
                 )
             return await self._read(connection, ids[0]) if ids else None
 
-        return _existing(prefix, await self._call(work))
+        return existing(prefix, await self._call(work))
 
     async def latest(self) -> Operation:
         """The most recent operation that isn't completed, else the most recent.
@@ -271,7 +281,7 @@ class OperationsService:
 
         async def work(connection: Any) -> Operation | None:
             row = await connection.fetchrow(self._database.sql("latest_operation"))
-            return None if row is None else _operation(row)
+            return None if row is None else operation_of(row)
 
         found = await self._call(work)
         if found is None:
@@ -282,10 +292,10 @@ class OperationsService:
         """Operations, newest first, of the given statuses or of all."""
         wanted = [Status(status).value for status in statuses]
         rows = await self._call(lambda c: c.fetch(self._database.sql("list_operations"), wanted, limit))
-        return [_operation(row) for row in rows]
+        return [operation_of(row) for row in rows]
 
     async def orphans(self) -> Operations:
-        """What wants to be taken up again: interrupted, or running with an owner that is dead, or elsewhere lost its lease.
+        """What wants to be taken up again: interrupted, or running with an owner that died or elsewhere lost its lease.
 
         Those of them that were cancelled aren't taken up: nobody is left to hear of it, so they end as cancelled here.
         """
@@ -293,9 +303,9 @@ class OperationsService:
         async def work(connection: Any) -> Operations:
             found = []
             for row in await connection.fetch(self._database.sql("abandoned_operations"), LEASE_SECONDS):
-                operation = _operation(row)
+                operation = operation_of(row)
                 if operation.status is Status.RUNNING:
-                    alive = is_alive(_owner_of(row))
+                    alive = is_alive(owner_of(row))
                     if alive or (alive is None and not row["lease_passed"]):
                         continue
                     if operation.cancel_requested:
@@ -331,7 +341,7 @@ class OperationsService:
 
         async def work(connection: Any) -> None:
             for row in await connection.fetch(self._database.sql("old_operations"), seconds, LEASE_SECONDS):
-                if row["status"] == Status.RUNNING and is_alive(_owner_of(row)):
+                if row["status"] == Status.RUNNING and is_alive(owner_of(row)):
                     continue
                 named = row["operation_id"]
                 if dry_run:
@@ -361,77 +371,25 @@ class OperationsService:
                 )
             return found
 
-        _existing(operation_id, await self._call(work))
+        existing(operation_id, await self._call(work))
 
     async def _read(self, connection: Any, operation_id: str) -> Operation | None:
         row = await connection.fetchrow(self._database.sql("operation"), operation_id)
-        return None if row is None else _operation(row)
+        return None if row is None else operation_of(row)
 
     async def _call(self, work: Callable[[Any], Awaitable[T]]) -> T:
+        async def contended(connection: Any) -> T:
+            # On a caller's pool with another isolation level a concurrent change is an error that wrote nothing.
+            for _ in range(CONTENTIONS):
+                with contextlib.suppress(asyncpg.SerializationError, asyncpg.DeadlockDetectedError):
+                    return await work(connection)
+            return await work(connection)
+
         try:
-            return await bounded(self._database, work, seconds=CALL_SECONDS)
+            return await bounded(self._database, contended, seconds=CALL_SECONDS)
         except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as error:
             if is_transient(error):
                 reason = f"didn't answer within {CALL_SECONDS:.0f} s"
             else:
                 reason = "refused the statement"
             raise DatabaseError(f"{self._database.label} {reason}: {type(error).__name__}: {error}") from error
-
-
-def _operation(row: Any) -> Operation:
-    parent = None if row["parent_id"] is None else Parent(row["parent_id"], row["parent_bar"], row["parent_digest"])
-    return Operation(
-        operation_id=row["operation_id"],
-        type=row["type"],
-        status=Status(row["status"]),
-        request=from_json(row["request"]),
-        parent=parent,
-        owner=None if row["owner_host"] is None else _owner_of(row),
-        epoch=row["epoch"],
-        attempts=row["attempts"],
-        cancel_epoch=row["cancel_epoch"],
-        paused=row["paused"],
-        heartbeat_at=row["heartbeat_at"],
-        progress=None if row["progress"] is None else from_json(row["progress"]),
-        result=None if row["result"] is None else from_json(row["result"]),
-        result_digest=row["result_digest"],
-        error=None if row["error"] is None else from_json(row["error"]),
-        created_at=row["created_at"],
-        started_at=row["started_at"],
-        finished_at=row["finished_at"],
-        checkpoint_bar=row["checkpoint_bar"],
-        checkpoint_type=row["checkpoint_type"],
-        checkpoint_at=row["checkpoint_at"],
-        checkpoint_bytes=row["checkpoint_bytes"],
-    )
-
-
-def _owner_of(row: Any) -> Owner:
-    return Owner(
-        row["owner_host"], row["owner_boot_id"], row["owner_pid_namespace"], row["owner_pid"], row["owner_started"]
-    )
-
-
-def _existing(operation_id: str, found: Operation | None) -> Operation:
-    if found is None:
-        raise _not_found(operation_id)
-    return found
-
-
-def _not_found(operation_id: str) -> OperationNotFoundError:
-    return OperationNotFoundError(operation_id, f"there is no operation {operation_id!r}")
-
-
-def _claimed(operation_id: str, row: Any) -> AlreadyClaimedError:
-    return AlreadyClaimedError(
-        operation_id,
-        f"operation {operation_id} is running: process {row['owner_pid']} on {row['owner_host']}, epoch {row['epoch']}",
-        hint="cancel it there, or take it over if you know that it is gone",
-    )
-
-
-def _first_difference(stored: dict[str, Any], asked: dict[str, Any]) -> str:
-    for key in sorted(stored.keys() | asked.keys()):
-        if canonical(stored.get(key)) != canonical(asked.get(key)):
-            return f"{key}: stored {stored.get(key)!r}, asked {asked.get(key)!r}"[:300]
-    return "of another type"

@@ -136,16 +136,19 @@ def spawn_keeper(
             "uid": account.uid,
             "gid": account.gid,
         }
-        subprocess.run(  # noqa: S603 - it forks, and the one that we wait for ends at once
+        done = subprocess.run(  # noqa: S603 - it forks, and the one that we wait for ends at once
             [sys.executable, "-I", "-S", keeper.__file__, json.dumps(given)],
             stdin=subprocess.DEVNULL, stdout=opened[3], stderr=opened[3], cwd="/", env=environment(), timeout=60,
-            check=True, start_new_session=True, pass_fds=[*opened, *([] if run is None else [run])],
+            check=False, start_new_session=True, pass_fds=[*opened, *([] if run is None else [run])],
         )  # fmt: skip
-    except (OSError, subprocess.SubprocessError) as error:
-        raise EmbeddedServerError(
-            f"the process that keeps the server in {root} couldn't be started: {error}",
-            hint=f"see {root / 'server.log'}",
-        ) from error
+        failure = f"it exited with {done.returncode}" if done.returncode > 0 else ""  # below: killed, to be tried again
+    except (OSError, subprocess.TimeoutExpired) as error:
+        failure = str(error)
     finally:
         for descriptor in opened:
             os.close(descriptor)
+    if failure:
+        raise EmbeddedServerError(
+            f"the process that keeps the server in {root} couldn't be started: {failure}",
+            hint=f"see {root / 'server.log'}",
+        )

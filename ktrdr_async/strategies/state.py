@@ -139,12 +139,8 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, msgspec.Struct):
         return all(_same(getattr(a, name), getattr(b, name)) for name in a.__struct_fields__)
     if isinstance(a, np.ndarray):
-        return (
-            a.dtype == b.dtype
-            and a.shape == b.shape
-            and a.flags.writeable == b.flags.writeable
-            and a.tobytes() == b.tobytes()
-        )
+        alike = (a.dtype, a.shape, a.flags.writeable) == (b.dtype, b.shape, b.flags.writeable)
+        return alike and a.tobytes() == b.tobytes()
     return bool(a == b)
 
 

@@ -141,30 +141,38 @@ class Actor:
             raise
 
     async def _run(self) -> BacktestResults:
-        worker, plan = self._worker, self.plan
-        request, row = plan.request, None
-        if request is None:
-            row = await worker.operations.get(self.operation_id)
-            if row.status is Status.COMPLETED:
-                return await worker.rebuild(row, plan.bars, plan.permissions)
-            request = BacktestRequest.from_dict(row.request)
-        job = await resolve(request, plan.bars, plan.strategy, plan.permissions)
-        found = row or await self._create(job.request)
-        if found.status is Status.COMPLETED:
-            return await worker.rebuild(found, job.bars, plan.permissions)
-        waits = worker._slots.locked()
-        if waits:
-            del job  # thousands may wait here; their bars are read again when it is their turn
-        await self._wait_for_slot(found)
+        worker = self._worker
+        waited: Operation | None = None
+        if worker._slots.locked():
+            # Others see it, and may cancel it, while it waits. Its bars aren't kept: thousands may wait here.
+            waited = (await self._look())[1]
+            if waited.status is Status.COMPLETED:
+                return await worker.rebuild(waited, self.plan.bars, self.plan.permissions)
+            await self._wait_for_slot(waited)
+        else:
+            await worker._slots.acquire()
         try:
-            if waits:
-                job = await resolve(request, plan.bars, plan.strategy, plan.permissions)
-            claimed = await self._claim(found)
+            job, found = await self._look()
+            if job is None or found.status is Status.COMPLETED:
+                return await worker.rebuild(found, job.bars if job else self.plan.bars, self.plan.permissions)
+            claimed = await self._claim(waited or found)
             if claimed is None:
-                return await worker.rebuild(await worker.operations.get(self.operation_id), job.bars, plan.permissions)
+                row = await worker.operations.get(self.operation_id)
+                return await worker.rebuild(row, job.bars, self.plan.permissions)
             return await self._own(job, claimed, found)
         finally:
             worker._slots.release()
+
+    async def _look(self) -> tuple[Job | None, Operation]:
+        """What is to run, and its row, which is made if need be; no job for a completed one that is resumed."""
+        plan, row, request = self.plan, None, self.plan.request
+        if request is None:
+            row = await self._worker.operations.get(self.operation_id)
+            if row.status is Status.COMPLETED:
+                return None, row
+            request = BacktestRequest.from_dict(row.request)
+        job = await resolve(request, plan.bars, plan.strategy, plan.permissions)
+        return job, row or await self._create(job.request)
 
     async def _create(self, request: BacktestRequest) -> Operation:
         """Makes the row, or finds it. A cancellation that came meanwhile writes `cancelled`."""

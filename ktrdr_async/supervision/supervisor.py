@@ -18,6 +18,7 @@ import anyio
 import msgspec
 
 from ktrdr_async.backtesting.checkpoint_builder import Since, build_backtest_checkpoint_state, build_closing_state
+from ktrdr_async.backtesting.provenance import prepare_manifests
 from ktrdr_async.backtesting.results import BacktestResults, Outcome, RunStatistics
 from ktrdr_async.checkpoint.schemas import BacktestCheckpointState, CheckpointType
 from ktrdr_async.errors import (
@@ -129,10 +130,12 @@ class Supervisor:
         if state is not None:
             self._first_bar = state.bar_index + 1
             self.checkpoint_bar = state.bar_index
-            self.statistics.resumed_from = [*state.resumed_from, state.bar_index]
+            before = self.statistics.resumed_from or state.resumed_from  # a restart here may have saved nothing new
+            self.statistics.resumed_from = [*before, state.bar_index]
         self._policy.start(self._first_bar - 1)
         self._began = self._clock()
         try:
+            await self._turn.offload(lambda: prepare_manifests(self._engine.strategy))
             async with aclosing(self._engine.run(state)) as blocks:
                 async for block in blocks:
                     self._block = block
@@ -287,6 +290,7 @@ class Supervisor:
         self, results: BacktestResults, outcome: Outcome, closing: BacktestCheckpointState
     ) -> BacktestResults:
         """Result stored and checkpoint deleted, in one statement; a cancel that was committed before it wins."""
+        before = self._checkpoints.acknowledged
         done = await finish(
             lambda: self._checkpoints.finish(
                 Status.COMPLETED,
@@ -299,8 +303,10 @@ class Supervisor:
         error, cancelled = done.error, done.cancelled
         if error is not None:
             late = await self._end_incomplete(error)
-            if isinstance(self.final_save_error, InvalidTransitionError) and not isinstance(error, SETTLED):
-                error = None  # the completion had landed after all
+            other = None if isinstance(error, SETTLED) else self.final_save_error
+            if isinstance(other, InvalidTransitionError) or (other and self._checkpoints.acknowledged != before):
+                # The completion, whose answer was lost, has landed after all: no other end could be written.
+                error = self.owed = self.final_save_error = None
             cancelled = late or cancelled
         else:
             self.owed = None

@@ -47,7 +47,9 @@ def hourly(n: int, *, seed: int = 7, symbols: tuple[str, ...] = ("A", "B")) -> k
 def flat_bars(*columns: list[float], step: str = "1d", **kwargs: Any) -> kt.Bars:
     """Bars whose four prices are one, a list a symbol; NaN is a missing bar."""
     prices = np.array(columns, dtype=np.float64).T
-    times = np.datetime64("2024-01-01", "ns") + np.arange(len(prices)) * np.timedelta64(int(step[:-1]), _UNITS[step[-1]])
+    times = np.datetime64("2024-01-01", "ns") + np.arange(len(prices)) * np.timedelta64(
+        int(step[:-1]), _UNITS[step[-1]]
+    )
     symbols = SYMBOLS[: prices.shape[1]]
     return kt.Bars.from_arrays(times, prices, prices, prices, prices, symbols=symbols, timeframe=step, **kwargs)
 
@@ -106,9 +108,7 @@ def through_json(state: kt.BacktestCheckpointState) -> kt.BacktestCheckpointStat
 def checkpoint(engine: kt.BacktestingEngine, **kwargs: Any) -> kt.BacktestCheckpointState:
     """The checkpoint of the engine's last boundary, through JSON."""
     at = engine.boundary.bar_index
-    return through_json(
-        kt.build_backtest_checkpoint_state(engine, at, int(engine.bars.timestamps[at]), **kwargs)
-    )
+    return through_json(kt.build_backtest_checkpoint_state(engine, at, int(engine.bars.timestamps[at]), **kwargs))
 
 
 class Hops:

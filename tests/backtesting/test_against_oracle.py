@@ -84,7 +84,14 @@ def compare(case: Case, results: kt.BacktestResults, expected: Outcome) -> None:
     assert ledger_of(results) == [(*f[:4], bits(f.price), bits(f.fee), bits(f.cash), *f[7:]) for f in expected.fills]
     assert results.equity.tobytes() == expected.equity.tobytes()
     assert [
-        (t.symbol, t.side, t.entry_bar, t.exit_bar, t.lots, *map(bits, (t.entry_price, t.exit_price, t.fees, t.net_pnl)))
+        (
+            t.symbol,
+            t.side,
+            t.entry_bar,
+            t.exit_bar,
+            t.lots,
+            *map(bits, (t.entry_price, t.exit_price, t.fees, t.net_pnl)),
+        )
         for t in results.trade_records
     ] == [(*t[:5], *map(bits, t[5:9])) for t in expected.trades]
     assert [(bits(t.mae or 0.0), bits(t.mfe or 0.0)) for t in results.trade_records] == [

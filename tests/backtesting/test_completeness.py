@@ -145,7 +145,10 @@ async def test_a_restored_engine_is_the_live_one(kind: type[AnyStrategy]) -> Non
 
         # And every later boundary, up to the closing step.
         for later in range(bar + 66, 890, 132):
-            assert differences(await stop_at(engine_of(kind()), later), await stop_at(engine_of(kind()), later, state)) == []
+            assert (
+                differences(await stop_at(engine_of(kind()), later), await stop_at(engine_of(kind()), later, state))
+                == []
+            )
         done, again = engine_of(kind()), engine_of(kind())
         await finish(done, audited=False)
         await finish(again, state, audited=False)
@@ -284,7 +287,7 @@ async def test_a_removed_or_changed_field_is_noticed(field: str) -> None:
 
 
 async def test_every_value_inside_the_fields_that_are_read_back_is_noticed() -> None:
-    state, expected = await _cut()
+    state, _ = await _cut()
     tree = state.to_dict()
     tried = 0
     for field in ("ledger", "recorded", "waiting", "counters"):

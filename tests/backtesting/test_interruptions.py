@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 
+import msgspec
 import pytest
 from engine_runs import Hops, cancel_at, checkpoint, finish, hourly, through_json
 from living import Busy, BusyAsync, Crossing, Living
@@ -33,10 +34,8 @@ async def test_cancelled_at_each_of_200_yields() -> None:
     leads to its end."""
     bars = hourly(20_000)
     engine = engine_of(bars, Busy())
-    digests = []
     async with aclosing(engine.run()) as blocks:
-        async for _ in blocks:
-            digests.append(engine.portfolio.state_digest(engine.boundary))
+        digests = [engine.portfolio.state_digest(engine.boundary) async for _ in blocks]
     expected = engine.results()
     assert len(digests) == len(set(digests)) == 200
     assert len(expected.trade_records) > 500
@@ -64,7 +63,9 @@ async def test_cancelled_at_each_yield_in_the_other_kinds(kind: type[AnyStrategy
     for at in range(1, 61):
         engine = engine_of(bars, kind(), block_bars=25)
         await cancel_at(engine, at)
-        assert whole(await finish(engine_of(bars, kind(), block_bars=25), checkpoint(engine), audited=False)) == expected
+        assert (
+            whole(await finish(engine_of(bars, kind(), block_bars=25), checkpoint(engine), audited=False)) == expected
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -184,3 +185,30 @@ async def test_checkpoints_while_it_runs_change_nothing() -> None:
         async for _ in blocks:
             checkpoint(engine)
     assert whole(engine.results()) == expected
+
+
+class Number(msgspec.Struct):
+    number: float = 0.0
+
+
+class Lossy(kt.Strategy):
+    """For 50 bars an int stands in a float's field, which no float is equal to."""
+
+    def __init__(self) -> None:
+        self.state = Number()
+
+    def on_bar(self, bar: kt.Bar) -> None:
+        if bar.index == 120:
+            self.state.number = 2**53 + 1
+        if bar.index == 170:
+            bar.target_weight(0, 0.5 if int(self.state.number) % 2 else -0.5)
+            self.state.number = 0.0
+
+
+@pytest.mark.parametrize("at", range(13, 18))
+async def test_a_state_that_would_come_back_as_another_value_makes_no_checkpoint(at: int) -> None:
+    """The engine proves it at each tenth boundary; a checkpoint of any other one has to prove it too."""
+    engine = engine_of(hourly(300), Lossy(), block_bars=10)
+    await cancel_at(engine, at)
+    with pytest.raises(kt.UndeclaredStateError, match=r"Number\.number holds 9007199254740993"):
+        checkpoint(engine)

@@ -28,8 +28,8 @@ def perturbed(bars: kt.Bars, after: int, seed: int) -> kt.Bars:
     fields = [np.array(getattr(bars, name)) for name in ("open", "high", "low", "close", "volume")]
     for values in fields:
         values[after + 1 :] *= factor
-        values[after + 1 :, 1][rng.random(len(factor)) < 0.3] = np.nan
     missing = np.isnan(fields[3])
+    missing[after + 1 :, 1] |= rng.random(len(factor)) < 0.3
     for values in fields:
         values[missing] = np.nan
     return kt.Bars.from_arrays(bars.timestamps, *fields, symbols=bars.symbols, timeframe=bars.timeframe)
@@ -190,6 +190,6 @@ async def test_the_past_that_a_bar_shows_ends_at_the_bar_and_is_read_only() -> N
                 assert len(past) == len(bar.past) == bar.index + 1
                 with pytest.raises(ValueError, match="read-only"):
                     past[0] = 0
-            assert tuple(bar.past.close[-1].tolist())[0] == bar.close[0]
+            assert bar.past.close[-1, 0] == bar.close[0]
 
     await finish(kt.BacktestingEngine(REQUEST, BARS.head(30), Looking()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ def event(number: int, **changed: Any) -> LedgerEvent:
     opening = number % 2 == 0
     fields: dict[str, Any] = {
         "bar": 100_000 + number, "symbol": 0, "lots": 100 if opening else -100, "requested": 100 if opening else -100,
-        "price": 101.25, "fee": 0.125, "cash_after": 90_000.5, "part": "open" if opening else "close", "reason": "order",
-        "tag": None,
+        "price": 101.25, "fee": 0.125, "cash_after": 90_000.5, "part": "open" if opening else "close", "reason":
+        "order", "tag": None,
     }  # fmt: skip
     return LedgerEvent(**(fields | changed))
 
@@ -91,11 +91,33 @@ async def waiting_on_a_lock(connection: Any, count: int = 1) -> None:
     raise AssertionError("nobody waits")
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns once the condition holds, giving turns meanwhile."""
+    for _ in range(3_000_000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it never came")
+
+
+async def until_idle(database: Database) -> None:
+    """Returns once no other session of this database runs a statement."""
+    async with database.connection() as connection:
+        for _ in range(1000):
+            if not await connection.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'active'"
+                " AND pid <> pg_backend_pid()"
+            ):
+                return
+            await asyncio.sleep(0.01)
+    raise AssertionError("a statement never ends")
+
+
 class CuttingProxy:
     """Between a pool and the server; when the next guarded statement is executed it does once what `armed` says.
 
-    "reply": the server gets the statement, the client is cut off before the answer. "request": the server doesn't get it.
-    "late": the client is cut off, the server gets the statement when `release()` is called.
+    "reply": the server gets the statement, the client is cut off before the answer. "request": the server doesn't get
+    it. "late": the client is cut off, the server gets the statement when `release()` is called.
     """
 
     def __init__(self, target: str) -> None:
@@ -193,6 +215,5 @@ async def cutting_proxy(dsn: str) -> AsyncIterator[tuple[CuttingProxy, Database]
         await proxy.release()
     finally:
         server.close()
-        while proxy._tasks:
-            await asyncio.sleep(0.005)
+        await until(lambda: not proxy._tasks)
         shutil.rmtree(place)

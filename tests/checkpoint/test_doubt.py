@@ -1,4 +1,4 @@
-"""What was sent and not answered: lost commits, deadlines, cancellations, late copies. Real PostgreSQL behind a proxy."""
+"""What was sent and not answered: lost commits, deadlines, cancellations, late copies. Real PostgreSQL, a proxy."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from checkpoint_samples import (
     head_of,
     segments_of,
     state,
+    until,
+    until_idle,
     waiting_on_a_lock,
 )
 
@@ -97,15 +99,14 @@ async def test_a_late_copy_that_lands_between_look_and_resend_is_a_success(dsn: 
         _, claim, service = await claimed(database)
         for bar, upto in ((99, 6), (199, 8)):
             proxy.armed = "late"
-            async with plain.connection() as holder:
-                # The look of the retry waits for this lock; what it finds then is that nothing has landed.
-                async with holder.transaction(isolation="read_committed"):
-                    await holder.execute("SELECT 1 FROM ktrdr.operations FOR UPDATE")
-                    save = asyncio.create_task(service.save_checkpoint("op", PERIODIC, state(bar, upto)))
-                    async with plain.connection() as watcher:
-                        await waiting_on_a_lock(watcher)
-                        late = asyncio.create_task(proxy.release())
-                        await waiting_on_a_lock(watcher, 2)
+            # The look of the retry waits for this lock; what it finds then is that nothing has landed.
+            async with plain.connection() as holder, holder.transaction(isolation="read_committed"):
+                await holder.execute("SELECT 1 FROM ktrdr.operations FOR UPDATE")
+                save = asyncio.create_task(service.save_checkpoint("op", PERIODIC, state(bar, upto)))
+                async with plain.connection() as watcher:
+                    await waiting_on_a_lock(watcher)
+                    late = asyncio.create_task(proxy.release())
+                    await waiting_on_a_lock(watcher, 2)
             await late
             await save
             assert await head_of(database) == (service.acknowledged.revision, "periodic", bar)
@@ -122,8 +123,7 @@ async def test_a_save_in_doubt_is_resolved_before_the_next_is_built(dsn: str) ->
             await service.save_checkpoint(what, PERIODIC, state(99, 6))
             proxy.armed = what
             saving = asyncio.create_task(service.save_checkpoint(what, PERIODIC, state(100, 8, since=6)))
-            while proxy.armed:
-                await asyncio.sleep(0)
+            await until(lambda: not proxy.armed)
             saving.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await saving
@@ -165,8 +165,7 @@ async def test_a_save_in_doubt_whose_owner_changed_says_so(dsn: str) -> None:
         operations, _, service = await claimed(database)
         proxy.armed = "request"
         saving = asyncio.create_task(service.save_checkpoint("op", PERIODIC, state(99, 6)))
-        while proxy.armed:
-            await asyncio.sleep(0)
+        await until(lambda: not proxy.armed)
         saving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await saving
@@ -182,8 +181,7 @@ async def test_a_save_in_doubt_over_another_head_is_a_conflict(dsn: str) -> None
         _, claim, service = await claimed(database)
         proxy.armed = "request"
         saving = asyncio.create_task(service.save_checkpoint("op", PERIODIC, state(99, 6)))
-        while proxy.armed:
-            await asyncio.sleep(0)
+        await until(lambda: not proxy.armed)
         saving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await saving
@@ -220,14 +218,11 @@ async def test_an_ending_in_doubt_that_landed_is_success_to_the_same_and_refused
         proxy.armed = "reply"
         ending = {"state": state(99, 6), "result": {"a": 1}, "result_digest": DIGEST}
         finishing = asyncio.create_task(service.finish(Status.COMPLETED, **ending))
-        while proxy.armed:
-            await asyncio.sleep(0)
+        await until(lambda: not proxy.armed)
         finishing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await finishing
-        async with database.connection() as connection:
-            while await connection.fetchval("SELECT status FROM ktrdr.operations") != "completed":
-                await asyncio.sleep(0.005)
+        await until_idle(database)
         assert service.in_doubt
         await service.finish(Status.COMPLETED, **ending)
         with pytest.raises(InvalidTransitionError):
@@ -249,12 +244,7 @@ async def test_deadline_on_a_stopped_server(dsn: str) -> None:
             # The stopped process still has the statement in its socket; the same bytes go through another one first.
             await service.resolve()
             assert service.acknowledged.revision == 2
-        async with watcher.connection() as connection:
-            while await connection.fetchval(
-                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'active'"
-                " AND pid <> pg_backend_pid()"
-            ):
-                await asyncio.sleep(0.01)
+        await until_idle(watcher)
         assert await head_of(database) == (2, "periodic", 199)
         await service.save_checkpoint("op", PERIODIC, state(299, 9, since=8))
         assert await segments_of(database) == [(1, 0, 6), (2, 6, 8), (3, 8, 9)]
@@ -277,8 +267,7 @@ async def test_a_cancelled_save_on_a_stopped_server_ends_at_once_and_raises_the_
         _, _, service = await claimed(database)
         async with stopped_backends(database, watcher):
             saving = asyncio.create_task(service.save_checkpoint("op", PERIODIC, state(99, 6)))
-            while not service.in_doubt:
-                await asyncio.sleep(0)
+            await until(lambda: service.in_doubt)
             await asyncio.sleep(0.05)
             started = time.monotonic()
             for _ in range(3):

@@ -8,6 +8,7 @@ import struct
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import msgspec
 import pytest
 from checkpoint_samples import DIGEST, claimed, event, state
@@ -120,12 +121,13 @@ async def test_nothing_to_load(database: Database) -> None:
 
 
 SEGMENT = "UPDATE ktrdr.ledger_segments SET "
+RECORD = SEGMENT + "records = jsonb_set(records, "
 HEAD = "UPDATE ktrdr.operation_checkpoints SET "
 CORRUPTIONS = {
-    "price": (SEGMENT + "records = jsonb_set(records, '{ledger,0,4}', '7.5') WHERE sequence = 2", "segment 2 fails its digest"),
-    "sample": (SEGMENT + "records = jsonb_set(records, '{equity_samples,0,2}', '7') WHERE sequence = 1", "segment 1 fails"),
-    "recorded": (SEGMENT + "records = jsonb_set(records, '{recorded,0,1}', '\"y\"') WHERE sequence = 3", "segment 3 fails"),
-    "type": (SEGMENT + "records = jsonb_set(records, '{ledger,0,4}', '\"x\"') WHERE sequence = 2", "segment 2 can't be read"),
+    "price": (RECORD + "'{ledger,0,4}', '7.5') WHERE sequence = 2", "segment 2 fails"),
+    "sample": (RECORD + "'{equity_samples,0,2}', '7') WHERE sequence = 1", "segment 1 fails"),
+    "recorded": (RECORD + "'{recorded,0,1}', '\"y\"') WHERE sequence = 3", "segment 3 fails"),
+    "type": (RECORD + "'{ledger,0,4}', '\"x\"') WHERE sequence = 2", "segment 2 can't be read"),
     "kind": (SEGMENT + "records = records || '{\"more\": []}' WHERE sequence = 2", "segment 2 can't be read"),
     "digest": (SEGMENT + "digest = repeat('1', 64) WHERE sequence = 1", "segment 1 fails its digest"),
     "prev": (SEGMENT + "prev_digest = repeat('1', 64) WHERE sequence = 2", "segment 2 doesn't continue"),
@@ -133,15 +135,19 @@ CORRUPTIONS = {
     "middle missing": ("DELETE FROM ktrdr.ledger_segments WHERE sequence = 2", "segment 2 is missing"),
     "last missing": ("DELETE FROM ktrdr.ledger_segments WHERE sequence = 3", "segment 3 of 3 is missing"),
     "extra": (
-        "INSERT INTO ktrdr.ledger_segments SELECT operation_id, 4, ledger_to, ledger_to + 2, samples_to, samples_to + 2,"
+        "INSERT INTO ktrdr.ledger_segments"
+        " SELECT operation_id, 4, ledger_to, ledger_to + 2, samples_to, samples_to + 2,"
         " recorded_to, recorded_to + 2, records, digest, repeat('2', 64) FROM ktrdr.ledger_segments WHERE sequence = 3",
         "there are 4 segments, the checkpoint's last one is segment 3",
     ),
     "reordered": (
-        SEGMENT + "sequence = -sequence; " + SEGMENT + "sequence = CASE sequence WHEN -1 THEN 2 WHEN -2 THEN 1 ELSE 3 END",
+        SEGMENT + "sequence = -sequence; "
+        + SEGMENT + "sequence = CASE sequence WHEN -1 THEN 2 WHEN -2 THEN 1 ELSE 3 END",
         "segment 1 begins at",
     ),
-    "counts": (SEGMENT + "ledger_from = ledger_from + 1, ledger_to = ledger_to + 1 WHERE sequence = 3", "segment 3 begins at"),
+    "counts": (
+        SEGMENT + "ledger_from = ledger_from + 1, ledger_to = ledger_to + 1 WHERE sequence = 3", "segment 3 begins at",
+    ),
     "length": (SEGMENT + "ledger_to = ledger_to + 1 WHERE sequence = 3", "segment 3 says that it ends at"),
     "head's counts": (HEAD + "samples_count = samples_count + 1", "the checkpoint stands at"),
     "head's cash": (HEAD + "state = jsonb_set(state, '{cash}', '1')", "the head of revision 3 fails its digest"),
@@ -207,7 +213,7 @@ async def test_a_newer_schema_is_handed_back_and_not_called_corrupted(database: 
     async with database.connection() as connection:
         await connection.execute(
             "ALTER TABLE ktrdr.operation_checkpoints DISABLE TRIGGER USER;"
-            "UPDATE ktrdr.operation_checkpoints SET state = state || '{\"schema_version\": 2, \"unknown\": 1}'"
+            'UPDATE ktrdr.operation_checkpoints SET state = state || \'{"schema_version": 2, "unknown": 1}\''
         )
     with pytest.raises(SchemaVersionError, match="version 2"):
         await service.load_checkpoint("op")
@@ -226,13 +232,14 @@ VERSION_1_HEAD = (
 
 
 async def test_a_stored_checkpoint_of_schema_version_1_still_loads(database: Database) -> None:
-    """Written once by version 1, with the digests that it had. Never regenerate: add another one for another version."""
+    """Written once by version 1, with the digests that it had. Never regenerate: a new version gets another one."""
     _, _, service = await claimed(database, "old")
     segment_digest = "f6db5a9bef31a74c7e9c17448958a3e2963ad13918ebdd5a34dcaecce00241c7"
     head_digest = "aab0fbdf48d9394c4a0a93cad9fba6626c43d88368d68c663921f36a0e897ecb"
     async with database.connection() as connection, connection.transaction(isolation="read_committed"):
         await connection.execute(
-            "INSERT INTO ktrdr.ledger_segments VALUES ('old', 1, 0, 1, 0, 1, 0, 1, $1::text::jsonb, repeat('0', 64), $2)",
+            "INSERT INTO ktrdr.ledger_segments"
+            " VALUES ('old', 1, 0, 1, 0, 1, 0, 1, $1::text::jsonb, repeat('0', 64), $2)",
             VERSION_1_SEGMENT,
             segment_digest,
         )
@@ -287,10 +294,12 @@ async def test_encoding_and_decoding_give_turns(database: Database) -> None:
     async def count() -> None:
         nonlocal turns
         while True:
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
             turns += 1
 
-    pieces = list(codec.SegmentWork("op", 1, codec.Counts(), codec.GENESIS).encode([event(n) for n in range(5_000)], [], []))
+    pieces = list(
+        codec.SegmentWork("op", 1, codec.Counts(), codec.GENESIS).encode([event(n) for n in range(5_000)], [], [])
+    )
     assert len(pieces) == 6
     _, _, service = await claimed(database)
     async with anyio.create_task_group() as group:

@@ -106,7 +106,8 @@ async def test_long_stretches_become_several_segments_in_one_statement(database:
 async def test_p2_bytes_of_the_hundredth_save_equal_the_firsts(database: Database) -> None:
     _, _, service = await claimed(database)
     receipts = [
-        await service.save_checkpoint("op", PERIODIC, state(100_000 + n, 50 * (n + 1), since=50 * n)) for n in range(100)
+        await service.save_checkpoint("op", PERIODIC, state(100_000 + n, 50 * (n + 1), since=50 * n))
+        for n in range(100)
     ]
     assert receipts[99].bytes == receipts[0].bytes
     async with database.connection() as connection:
@@ -222,6 +223,27 @@ async def test_a_head_that_another_wrote_is_a_conflict(database: Database) -> No
     assert await segments_of(database) == [(1, 0, 6), (2, 6, 8)]
 
 
+async def test_a_head_of_the_same_revision_and_another_digest_is_a_conflict(database: Database) -> None:
+    """A restored dump can hold another save under the same number."""
+    _, _, service = await claimed(database)
+    await service.save_checkpoint("op", PERIODIC, state(99, 6))
+    async with database.connection() as connection:
+        await connection.execute(
+            "ALTER TABLE ktrdr.operation_checkpoints DISABLE TRIGGER USER;"
+            "UPDATE ktrdr.operation_checkpoints SET digest = repeat('1', 64);"
+            "ALTER TABLE ktrdr.operation_checkpoints ENABLE TRIGGER USER"
+        )
+    for write in (
+        service.save_checkpoint("op", PERIODIC, state(199, 8, since=6)),
+        service.finish(Status.CANCELLED, state=state(199, 8, since=6)),
+        service.finish(Status.COMPLETED, state=state(199, 8, since=6), result={}, result_digest="ab" * 32),
+    ):
+        with pytest.raises(CheckpointConflictError):
+            await write
+    assert await head_of(database) == (1, "periodic", 99)
+    assert await segments_of(database) == [(1, 0, 6)]
+
+
 async def test_a_first_save_over_a_head_that_was_never_loaded_is_a_conflict(database: Database) -> None:
     _, claim, service = await claimed(database)
     await service.save_checkpoint("op", PERIODIC, state(110, 6))
@@ -254,7 +276,9 @@ async def test_a_save_hears_that_the_operation_was_ended_as_cancelled(database: 
         await service.save_checkpoint("op", PERIODIC, state(99))
 
 
-async def test_too_large_states_are_refused_with_their_size(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_too_large_states_are_refused_with_their_size(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, _, service = await claimed(database)
     monkeypatch.setattr(jsonb_module, "MAX_BYTES", 10_000)
     with pytest.raises(CheckpointTooLargeError, match=r"1[34]\d{3} bytes"):
@@ -298,7 +322,7 @@ async def test_text_that_postgresql_cant_hold_is_refused(database: Database) -> 
         state(99, original_request={"a": "\x00"}),
         state(99, ledger=[event(0, tag="\ud800")]),
     ):
-        with pytest.raises(CheckpointError, match="NUL|surrogate"):
+        with pytest.raises(CheckpointError, match=r"NUL|surrogate"):
             await service.save_checkpoint("op", PERIODIC, wrong)
     assert await head_of(database) is None
     await service.save_checkpoint("op", PERIODIC, state(99, 1, ledger=[event(0, tag="\\u0000 is no NUL")]))

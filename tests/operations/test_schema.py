@@ -23,14 +23,17 @@ SET = "UPDATE ktrdr.operations SET {} WHERE operation_id = 'a'"
 Z, ONE, TWO = "repeat('0', 64)", "repeat('1', 64)", "repeat('2', 64)"
 RECORDS = '{{"ledger": [{}], "equity_samples": [], "recorded": []}}'
 SEGMENT = (
-    "INSERT INTO ktrdr.ledger_segments VALUES ('a', {sequence}, {start}, {stop}, 0, 0, 0, 0, '{records}', {prev}, {digest});"
-)
+    "INSERT INTO ktrdr.ledger_segments VALUES"
+    " ('a', {sequence}, {start}, {stop}, 0, 0, 0, 0, '{records}', {prev}, {digest});"
+)  # fmt: skip
 HEAD = (
     "INSERT INTO ktrdr.operation_checkpoints VALUES"
     " ('a', '{kind}', now(), '{state}', {size}, {revision}, {last}, {count}, 0, 0, {digest});"
 )
 COMPLETE = (
-    "status = 'completed', result = '{}', result_digest = " + Z + ", final_segment = 0, final_digest = '', finished_at = now()"
+    "status = 'completed', result = '{}', result_digest = "
+    + Z
+    + ", final_segment = 0, final_digest = '', finished_at = now()"
 )
 
 
@@ -42,7 +45,8 @@ def segment(
 
 
 def head(
-    kind: str = "periodic", state: str = '{"bar_index": 1}', size: int = 9, revision: int = 1, last: int = 0, count: int = 0,
+    kind: str = "periodic", state: str = '{"bar_index": 1}', size: int = 9, revision: int = 1, last: int = 0,
+    count: int = 0,
     digest: str = ONE,
 ) -> str:  # fmt: skip
     return HEAD.format(kind=kind, state=state, size=size, revision=revision, last=last, count=count, digest=digest)
@@ -81,13 +85,17 @@ REFUSED = {
         RUNNING + SET.format("status = 'cancelled', finished_at = now()") + ";",
         SET.format("status = 'running', finished_at = NULL"), "operations_transition",
     ),
-    "another token in the same epoch": (RUNNING, SET.format("owner_token = gen_random_uuid()"), "operations_owner_fixed"),
+    "another token in the same epoch": (
+        RUNNING, SET.format("owner_token = gen_random_uuid()"), "operations_owner_fixed",
+    ),
     "no token while running": (RUNNING, SET.format("owner_token = NULL"), "operations_owner_fixed"),
     "a claim without a token": (
         PENDING, CLAIM.replace("owner_token = gen_random_uuid()", "owner_token = NULL"), "operations_claim",
     ),
     "a claim without a host": (PENDING, CLAIM.replace("owner_host = 'h'", "owner_host = NULL"), "operations_owner"),
-    "a claim without a heartbeat": (PENDING, CLAIM.replace("heartbeat_at = now()", "heartbeat_at = NULL"), "operations_owner"),
+    "a claim without a heartbeat": (
+        PENDING, CLAIM.replace("heartbeat_at = now()", "heartbeat_at = NULL"), "operations_owner",
+    ),
     "an owner without a claim": (PENDING, SET.format("heartbeat_at = now()"), "operations_owner"),
     "cancelling an epoch that wasn't yet": (RUNNING, SET.format("cancel_epoch = 2"), "operations_epoch"),
     "completed without a result": (
@@ -175,8 +183,6 @@ REFUSED = {
 }  # fmt: skip
 
 
-
-
 async def test_each_invariant_refuses(database: Database) -> None:
     held = set()
     for what, (before, statement, constraint) in REFUSED.items():
@@ -197,8 +203,8 @@ async def test_each_invariant_refuses(database: Database) -> None:
             " AND conrelid <> 'ktrdr.migrations'::regclass"
         )
     # status: the transitions' trigger comes first. claimed, revision: other rules stop whatever would break them alone.
-    assert {row["conname"] for row in rows} - held == {"operations_status", "operations_claimed", "checkpoints_revision",
-                                                       "checkpoints_segment"}  # fmt: skip
+    behind = {"operations_status", "operations_claimed", "checkpoints_revision", "checkpoints_segment"}
+    assert {row["conname"] for row in rows} - held == behind
 
 
 async def test_the_checks_behind_the_triggers_refuse_too(database: Database) -> None:
@@ -207,7 +213,7 @@ async def test_the_checks_behind_the_triggers_refuse_too(database: Database) -> 
         for table in ("operations", "operation_checkpoints"):
             await connection.execute(f"ALTER TABLE ktrdr.{table} DISABLE TRIGGER USER")
         for statement, constraint in (
-            (SET.format("status = 'paused'"), "operations_status"),
+            (SET.format("status = 'paused', finished_at = now()"), "operations_status"),
             (SET.format("status = 'pending'"), "operations_claimed"),
             ("UPDATE ktrdr.operation_checkpoints SET revision = 0", "checkpoints_revision"),
             ("UPDATE ktrdr.operation_checkpoints SET last_segment = -1", "checkpoints_segment"),

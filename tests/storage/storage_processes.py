@@ -78,7 +78,8 @@ class Child:
 def child(*arguments: object, program: str = USER, before: tuple[str, ...] = (), **keywords: Any) -> Iterator[Child]:
     """A process running `program`, killed at the end if it still runs."""
     python = keywords.pop("python", sys.executable)
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1", **keywords.pop("env", {})}
+    libraries = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": libraries, "PYTHONDONTWRITEBYTECODE": "1", **keywords.pop("env", {})}
     with subprocess.Popen(
         [*before, python, "-c", program, *map(str, arguments)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, **keywords,

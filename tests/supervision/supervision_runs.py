@@ -1,4 +1,4 @@
-"""Strategies that can be held at a bar, and what can be seen of a worker from outside. Child processes import it too."""
+"""Strategies that can be held at a bar, and what can be seen of a worker from outside; child processes use it too."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ async def test_a_timeout_says_timeout_and_leaves_no_cancellation_behind(worker: 
     gate = Gate(345)
     me = asyncio.current_task()
     assert me is not None
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError):  # noqa: PT012 - what the block itself raises is the point
         async with asyncio.timeout(None) as timeout:
             run = worker.run(REQUEST, "op", bars=market(), strategy=Held(gate), policy=NEVER)
             expire = asyncio.create_task(gate.reached.wait())
@@ -161,7 +161,7 @@ async def test_a_task_group_that_fails_beside_it(worker: BacktestWorker, dsn: st
         await gate.reached.wait()
         raise KeyError("beside")
 
-    with pytest.raises(ExceptionGroup) as caught:
+    with pytest.raises(ExceptionGroup) as caught:  # noqa: PT012 - what the block itself raises is the point
         async with asyncio.TaskGroup() as group:
             run = group.create_task(worker.run(REQUEST, "op", bars=market(), strategy=Held(gate), policy=NEVER))
             group.create_task(failing())
@@ -184,7 +184,7 @@ async def test_an_anyio_task_group_that_fails_beside_several(worker: BacktestWor
     async def running(number: int) -> None:
         await worker.run(REQUEST, f"op{number}", bars=market(), strategy=Held(gates[number]), policy=NEVER)
 
-    with pytest.raises(ExceptionGroup) as caught:
+    with pytest.raises(ExceptionGroup) as caught:  # noqa: PT012 - what the block itself raises is the point
         async with anyio.create_task_group() as group:
             for number in range(5):
                 group.start_soon(running, number)
@@ -228,7 +228,7 @@ async def test_a_timeout_with_a_failed_save_is_still_a_timeout(
     monkeypatch.setattr(supervisor, "FINAL_SAVE_SECONDS", 0.5)
     gate = Gate(345)
     async with outside(dsn) as holder:
-        with pytest.raises(TimeoutError):
+        with pytest.raises(TimeoutError):  # noqa: PT012 - what the block itself raises is the point
             async with asyncio.timeout(None) as timeout:
                 run = asyncio.ensure_future(worker.run(REQUEST, "op", bars=market(), strategy=Held(gate), policy=NEVER))
                 await gate.reached.wait()

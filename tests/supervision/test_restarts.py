@@ -140,7 +140,7 @@ MEND_SAVES = "DROP TRIGGER refuse ON ktrdr.operation_checkpoints; DROP FUNCTION 
 async def test_saves_that_fail_for_a_while_are_counted_and_end_nothing(
     worker: BacktestWorker, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ktrdr_async.supervision.supervisor._FIRST_BACKOFF", 0.01)
+    monkeypatch.setattr("ktrdr_async.supervision.supervisor._FIRST_BACKOFF", 0.0)
     before = asyncio.all_tasks()
     gate = Gate(650)
     async with outside(dsn) as other:
@@ -200,26 +200,32 @@ async def test_a_completion_that_is_refused_can_be_gone_on_with(worker: Backtest
     assert results.run.bars_computed == 0
 
 
-async def test_a_completion_in_time_of_need_is_interrupted(
-    worker: BacktestWorker, dsn: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lands", [True, False])
+async def test_a_completion_whose_answer_is_lost(
+    worker: BacktestWorker, dsn: str, monkeypatch: pytest.MonkeyPatch, lands: bool
 ) -> None:
+    """Its connection was cut at the deadline; the server goes on with the statement, or dies with it."""
     monkeypatch.setattr("ktrdr_async.supervision.supervisor.COMPLETION_SECONDS", 0.3)
     gate = Gate(950)
-    handle = worker.start(REQUEST, "op", bars=market(), strategy=Held(gate), policy=EVERY_BLOCK)
+    handle = worker.start(REQUEST, "op", bars=market(), strategy=Held(gate), policy=NEVER)
     await gate.reached.wait()
     async with row_held(dsn, "op") as until_blocked:
         gate.open.set()
-        await until_blocked()
-
-        async def again() -> bool:
-            return worker.database._pool.get_idle_size() < worker.database._pool.get_size()
-
-        await asyncio.wait({asyncio.create_task(asyncio.sleep(0.5))})  # past the deadline; nothing races with it
-        await until(again, "it tries to write another end")
-    with pytest.raises(kt.SaveTimeoutError):
-        await handle.result()
-    assert standing(await worker.operations.get("op")) == ("interrupted", "shutdown", 999)
-    results = await worker.resume("op", bars=market(), strategy=Held(Gate()))
+        await until_blocked(2)  # the completion, and after its deadline what asks for the row to end it otherwise
+        if not lands:
+            async with outside(dsn) as other:
+                await other.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
+                    " AND wait_event_type = 'Lock' ORDER BY query_start LIMIT 1"
+                )
+    if lands:
+        results = await handle.result()
+        assert (await worker.operations.get("op")).result_digest == results.digest
+    else:
+        with pytest.raises(kt.SaveTimeoutError):
+            await handle.result()
+        assert standing(await worker.operations.get("op")) == ("interrupted", "shutdown", 999)
+        results = await worker.resume("op", bars=market(), strategy=Held(Gate()))
     assert results.digest == await held_digest()
 
 

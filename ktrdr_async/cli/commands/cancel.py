@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from ktrdr_async.cli.context import Context
-from ktrdr_async.cli.options import DatabaseOptions, OutputOptions
+from ktrdr_async.cli.failures import Failure
+from ktrdr_async.cli.options import USUAL_DATABASE, USUAL_OUTPUT, DatabaseOptions, OutputOptions
 
 if TYPE_CHECKING:
     from ktrdr_async.operations.lifecycle import Operation
@@ -17,14 +18,17 @@ def cancel(
     operation: Annotated[str, Parameter(metavar="ID")],
     /,
     *,
-    where: DatabaseOptions = DatabaseOptions(),
-    out: OutputOptions = OutputOptions(),
+    where: DatabaseOptions = USUAL_DATABASE,
+    out: OutputOptions = USUAL_OUTPUT,
     context: Annotated[Context, Parameter(parse=False)],
 ) -> int:
     """Cancel an operation, wherever it runs; returns when its checkpoint is durable.
 
     Args:
         operation: its whole id.
+        where: the database.
+        out: what is printed.
+        context: this command line.
     """
     context.use(out)
 
@@ -37,15 +41,15 @@ def cancel(
     row = context.drive(work)
     from ktrdr_async.cli.described import described
 
-    cancelled = row.status.value == "cancelled"
+    status = row.status.value
+    if status != "cancelled":
+        came_first = f"operation {row.operation_id} is {status}: there is nothing to cancel"
+        return context.fail(Failure("invalid_transition", came_first), described(row))
     if context.output.json:
         context.output.emit(described(row))
-    at = (
-        "it has no checkpoint"
-        if row.checkpoint_bar is None
-        else f"its checkpoint at bar {row.checkpoint_bar:,} is durable"
-    )
+    bar = row.checkpoint_bar
     context.output.note(
-        f"{row.operation_id} is {row.status.value}" + (f"; {at}" if row.status.value != "completed" else "")
+        f"{row.operation_id} is cancelled; "
+        + ("it has no checkpoint" if bar is None else f"its checkpoint at bar {bar:,} is durable")
     )
-    return 0 if cancelled else 1
+    return 0

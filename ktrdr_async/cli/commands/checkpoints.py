@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from ktrdr_async.cli.context import Context
-from ktrdr_async.cli.options import DatabaseOptions, OutputOptions
+from ktrdr_async.cli.options import USUAL_DATABASE, USUAL_OUTPUT, DatabaseOptions, OutputOptions
 from ktrdr_async.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ def application() -> App:
 
 def list_checkpoints(
     *,
-    where: DatabaseOptions = DatabaseOptions(),
-    out: OutputOptions = OutputOptions(),
+    where: DatabaseOptions = USUAL_DATABASE,
+    out: OutputOptions = USUAL_OUTPUT,
     context: Annotated[Context, Parameter(parse=False)],
 ) -> int:
     """List the checkpoints of unfinished operations, newest operation first."""
@@ -71,14 +71,17 @@ def show_checkpoint(
     operation: Annotated[str, Parameter(metavar="ID|PREFIX")],
     /,
     *,
-    where: DatabaseOptions = DatabaseOptions(),
-    out: OutputOptions = OutputOptions(),
+    where: DatabaseOptions = USUAL_DATABASE,
+    out: OutputOptions = USUAL_OUTPUT,
     context: Annotated[Context, Parameter(parse=False)],
 ) -> int:
     """Load a checkpoint, which proves that it is whole, and show what it holds.
 
     Args:
         operation: the operation's id, or what no other id begins with.
+        where: the database.
+        out: what is printed.
+        context: this command line.
     """
     context.use(out)
 
@@ -143,8 +146,8 @@ def delete_checkpoint(
     /,
     *,
     yes: bool = False,
-    where: DatabaseOptions = DatabaseOptions(),
-    out: OutputOptions = OutputOptions(),
+    where: DatabaseOptions = USUAL_DATABASE,
+    out: OutputOptions = USUAL_OUTPUT,
     context: Annotated[Context, Parameter(parse=False)],
 ) -> int:
     """Delete an unfinished operation's checkpoint and ledger: its next run starts at bar 0.
@@ -152,6 +155,9 @@ def delete_checkpoint(
     Args:
         operation: the operation's whole id.
         yes: don't ask.
+        where: the database.
+        out: what is printed.
+        context: this command line.
     """
     context.use(out)
     if not yes and not context.confirm(f"Delete the checkpoint of {operation}? Its next run starts at bar 0."):
@@ -175,8 +181,8 @@ def clean(
     older_than_days: Annotated[float, Parameter(metavar="DAYS", allow_leading_hyphen=True, show_default=True)] = 30.0,
     dry_run: bool = False,
     yes: bool = False,
-    where: DatabaseOptions = DatabaseOptions(),
-    out: OutputOptions = OutputOptions(),
+    where: DatabaseOptions = USUAL_DATABASE,
+    out: OutputOptions = USUAL_OUTPUT,
     context: Annotated[Context, Parameter(parse=False)],
 ) -> int:
     """Delete operations that nobody touched for a long time, finished ones too, with checkpoints and results.
@@ -185,6 +191,9 @@ def clean(
         older_than_days: since an operation's last heartbeat or end.
         dry_run: only say which.
         yes: don't ask.
+        where: the database.
+        out: what is printed.
+        context: this command line.
     """
     context.use(out)
 

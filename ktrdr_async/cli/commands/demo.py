@@ -7,13 +7,13 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ktrdr_async.cli.context import Context
-from ktrdr_async.cli.options import DatabaseOptions, OutputOptions
+from ktrdr_async.cli.options import USUAL_DATABASE, USUAL_OUTPUT, DatabaseOptions, OutputOptions
 
 
 def demo(
     *,
-    where: DatabaseOptions = DatabaseOptions(),
-    out: OutputOptions = OutputOptions(),
+    where: DatabaseOptions = USUAL_DATABASE,
+    out: OutputOptions = USUAL_OUTPUT,
     context: Annotated[Context, Parameter(parse=False)],
 ) -> int:
     """Kill, cancel and resume a backtest on real data, and compare it with an uninterrupted run; under 30 s."""

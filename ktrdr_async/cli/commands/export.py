@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from ktrdr_async.cli.context import Context
-from ktrdr_async.cli.options import DatabaseOptions, OutputOptions, TrustOptions
+from ktrdr_async.cli.options import NO_TRUST, USUAL_DATABASE, USUAL_OUTPUT, DatabaseOptions, OutputOptions, TrustOptions
 
 if TYPE_CHECKING:
     from ktrdr_async.operations.lifecycle import Operation
@@ -18,9 +18,9 @@ def export(
     /,
     *,
     output: Annotated[str, Parameter(name=["--output", "-o"], metavar="DIR")],
-    trust: TrustOptions = TrustOptions(),
-    where: DatabaseOptions = DatabaseOptions(),
-    out: OutputOptions = OutputOptions(),
+    trust: TrustOptions = NO_TRUST,
+    where: DatabaseOptions = USUAL_DATABASE,
+    out: OutputOptions = USUAL_OUTPUT,
     context: Annotated[Context, Parameter(parse=False)],
 ) -> int:
     """Write a completed operation's fills, trades, equity and metrics as CSV, Parquet and JSON.
@@ -28,6 +28,10 @@ def export(
     Args:
         operation: its id, or what no other id begins with.
         output: directory to write to.
+        trust: what it may name.
+        where: the database.
+        out: what is printed.
+        context: this command line.
     """
     context.use(out)
     trust.find_in_cwd()

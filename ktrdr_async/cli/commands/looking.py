@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from ktrdr_async.cli.context import Context
-from ktrdr_async.cli.options import DatabaseOptions, OutputOptions, StatusName
+from ktrdr_async.cli.options import USUAL_DATABASE, USUAL_OUTPUT, DatabaseOptions, OutputOptions, StatusName
 from ktrdr_async.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ def list_operations(
     *,
     status: Annotated[tuple[StatusName, ...], Parameter(metavar="STATUS")] = (),
     limit: Annotated[int, Parameter(metavar="N", allow_leading_hyphen=True, show_default=True)] = 50,
-    where: DatabaseOptions = DatabaseOptions(),
-    out: OutputOptions = OutputOptions(),
+    where: DatabaseOptions = USUAL_DATABASE,
+    out: OutputOptions = USUAL_OUTPUT,
     context: Annotated[Context, Parameter(parse=False)],
 ) -> int:
     """List operations, newest first.
@@ -28,6 +28,9 @@ def list_operations(
     Args:
         status: only those of this status; may be given several times.
         limit: how many at most.
+        where: the database.
+        out: what is printed.
+        context: this command line.
     """
     context.use(out)
     if limit < 1:
@@ -56,14 +59,17 @@ def show(
     operation: Annotated[str, Parameter(metavar="ID|PREFIX")],
     /,
     *,
-    where: DatabaseOptions = DatabaseOptions(),
-    out: OutputOptions = OutputOptions(),
+    where: DatabaseOptions = USUAL_DATABASE,
+    out: OutputOptions = USUAL_OUTPUT,
     context: Annotated[Context, Parameter(parse=False)],
 ) -> int:
     """Show an operation: a completed one's figures, where another one stands and what its checkpoint is.
 
     Args:
         operation: its id, or what no other id begins with.
+        where: the database.
+        out: what is printed.
+        context: this command line.
     """
     context.use(out)
     row = context.look(where, lambda _, operations: operations.find(operation))

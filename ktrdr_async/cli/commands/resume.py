@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from ktrdr_async.cli.context import Context
-from ktrdr_async.cli.options import DatabaseOptions, OutputOptions, PaceOptions, TrustOptions
+from ktrdr_async.cli.options import (
+    NO_TRUST,
+    USUAL_DATABASE,
+    USUAL_OUTPUT,
+    USUAL_PACE,
+    DatabaseOptions,
+    OutputOptions,
+    PaceOptions,
+    TrustOptions,
+)
 from ktrdr_async.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,10 +29,10 @@ def resume(
     *,
     last: bool = False,
     take_over: bool = False,
-    trust: TrustOptions = TrustOptions(),
-    pace: PaceOptions = PaceOptions(),
-    where: DatabaseOptions = DatabaseOptions(),
-    out: OutputOptions = OutputOptions(),
+    trust: TrustOptions = NO_TRUST,
+    pace: PaceOptions = USUAL_PACE,
+    where: DatabaseOptions = USUAL_DATABASE,
+    out: OutputOptions = USUAL_OUTPUT,
     context: Annotated[Context, Parameter(parse=False)],
 ) -> int:
     """Go on with an operation from its last checkpoint.
@@ -32,6 +41,11 @@ def resume(
         operation: its id, or what no other id begins with.
         last: the most recent one that isn't completed.
         take_over: claim it although its process seems to be alive.
+        trust: what it may name.
+        pace: how it runs.
+        where: the database.
+        out: what is printed.
+        context: this command line.
     """
     from ktrdr_async.cli.running import report
 

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from ktrdr_async.cli.context import Context
-from ktrdr_async.cli.options import DatabaseOptions, OutputOptions, PaceOptions, RequestOptions, roots_of
+from ktrdr_async.cli.options import (
+    USUAL_DATABASE,
+    USUAL_OUTPUT,
+    USUAL_PACE,
+    DatabaseOptions,
+    OutputOptions,
+    PaceOptions,
+    RequestOptions,
+    roots_of,
+)
 from ktrdr_async.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,14 +25,14 @@ if TYPE_CHECKING:
 
 
 def run(
-    what: RequestOptions,
     *,
-    pace: PaceOptions = PaceOptions(),
+    what: RequestOptions,
+    pace: PaceOptions = USUAL_PACE,
     id: Annotated[str | None, Parameter(metavar="OPERATION_ID")] = None,
-    where: DatabaseOptions = DatabaseOptions(),
+    where: DatabaseOptions = USUAL_DATABASE,
     no_database: bool = False,
     allow: Annotated[tuple[str, ...], Parameter(metavar="MODULE[:CLASS]")] = (),
-    out: OutputOptions = OutputOptions(),
+    out: OutputOptions = USUAL_OUTPUT,
     context: Annotated[Context, Parameter(parse=False)],
 ) -> int:
     """Run a backtest; its id is printed before the first bar, and whatever ends it, `resume` goes on.
@@ -32,6 +41,11 @@ def run(
         id: the operation's id; another run with the same id and request goes on with it or returns its result.
         no_database: keep nothing and start no server.
         allow: as for `resume`; a strategy that is named here needs none.
+        what: the backtest.
+        pace: how it runs.
+        where: the database.
+        out: what is printed.
+        context: this command line.
     """
     from ktrdr_async.cli.running import report
 

@@ -7,10 +7,10 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ktrdr_async.cli.context import Context
-from ktrdr_async.cli.options import OutputOptions
+from ktrdr_async.cli.options import USUAL_OUTPUT, OutputOptions
 
 
-def strategies(*, out: OutputOptions = OutputOptions(), context: Annotated[Context, Parameter(parse=False)]) -> int:
+def strategies(*, out: OutputOptions = USUAL_OUTPUT, context: Annotated[Context, Parameter(parse=False)]) -> int:
     """List the strategies that are known by name, with parameters, types, ranges and defaults."""
     from ktrdr_async.strategies.parameters import describe
     from ktrdr_async.strategies.registry import strategies as registered

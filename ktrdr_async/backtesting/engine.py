@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from collections.abc import AsyncGenerator, Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import numpy as np
@@ -11,12 +11,13 @@ import numpy as np
 from ktrdr_async.backtesting import execution as ex
 from ktrdr_async.backtesting.checkpoint_builder import counters_of, recorded_values
 from ktrdr_async.backtesting.decisions import Decided, checked_features, checked_targets
-from ktrdr_async.backtesting.ledger import LedgerEvent, Trade
+from ktrdr_async.backtesting.hooks import Hooks
 from ktrdr_async.backtesting.portfolio import AccountView, Boundary, Portfolio, Recorded, equity_curve
 from ktrdr_async.backtesting.provenance import check_past, identity_of
 from ktrdr_async.backtesting.results import BacktestResults, Unfilled
+from ktrdr_async.backtesting.turn import NoTurn, Turn
 from ktrdr_async.errors import CheckpointCorruptedError, OrderError, StrategyError
-from ktrdr_async.strategies.bar import QUANTITY, WEIGHT, Bar, Fill, TradeClosed
+from ktrdr_async.strategies.bar import QUANTITY, WEIGHT, Bar
 from ktrdr_async.strategies.base import AnyStrategy, AsyncStrategy, Strategy, WeightStrategy
 from ktrdr_async.strategies.state import check_declared, check_state, decode_state, encode_state
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from ktrdr_async.backtesting.request import BacktestRequest
     from ktrdr_async.checkpoint.schemas import BacktestCheckpointState
     from ktrdr_async.market import Bars
-
-T = TypeVar("T")
 
 BLOCK_BARS = 100
 _PIECE_VALUES = 256  # symbol-bars that are computed between two looks at the turn where targets are known
@@ -43,54 +42,6 @@ class Block(msgspec.Struct, frozen=True, gc=False):
     cash: float  # account currency
     fills: int  # ledger events so far
     trades: int  # trades that have ended so far
-
-
-class Turn(Protocol):
-    """Who may compute now; the engine asks between bars, and gives way when it is told to."""
-
-    @property
-    def clock(self) -> Callable[[], float]:
-        """Monotonic seconds; read at every bar, so it is handed out once."""
-
-    @property
-    def deadline(self) -> float:
-        """The turn is over when the clock says so much."""
-
-    async def pass_on(self) -> None:
-        """Lets everybody else have a turn, and returns when it is ours again."""
-
-    async def enter(self) -> None:
-        """Waits for a turn. Entering twice is once."""
-
-    def leave(self) -> None:
-        """Gives the turn up, before something else is awaited. Leaving twice is once."""
-
-    async def offload(self, work: Callable[[], T]) -> T:
-        """Runs a large piece of one-off work where it holds the loop least."""
-
-
-class NoTurn:
-    """An engine that has the loop to itself."""
-
-    deadline = float("inf")
-
-    @staticmethod
-    def clock() -> float:
-        """Time doesn't pass."""
-        return 0.0
-
-    async def pass_on(self) -> None:
-        """Nothing to wait for."""
-
-    async def enter(self) -> None:
-        """Nothing to wait for."""
-
-    def leave(self) -> None:
-        """Nothing to give up."""
-
-    async def offload(self, work: Callable[[], T]) -> T:
-        """Does it here."""
-        return work()
 
 
 class BacktestingEngine:
@@ -143,7 +94,8 @@ class BacktestingEngine:
         self._decides: list[bool] = []
         self._boundary = self._portfolio.boundary(-1, self._initial_state)
         self._unfilled: tuple[Unfilled, ...] = ()
-        self._bar: Bar | None = None
+        self._bar: Bar | None = None  # with `_hooks`: None where targets are known
+        self._hooks: Hooks | None = None
         self._started = False
         self._finished = False
 
@@ -251,7 +203,8 @@ class BacktestingEngine:
                 lambda: checked_features(strategy, bars, strategy.prepare(bars), self._decided)
             )
         self._boundary = self._portfolio.boundary(-1, check_state(strategy.state))
-        if self._targets is None:
+        if not isinstance(strategy, WeightStrategy):
+            self._hooks = Hooks(strategy, self._portfolio, self._turn)
             self._bar = Bar(bars, features, self.request.seed, AccountView(self._portfolio, bars.symbols))
             object.__setattr__(strategy, "_bar", self._bar)
 
@@ -329,7 +282,7 @@ class BacktestingEngine:
         waiting, waits = ex.WAITING, isinstance(strategy, AsyncStrategy)
         on_bar: Callable[[Bar], Any] = strategy.on_bar
         begins = max(0, strategy.warmup - 1)
-        hooks = self._has_hooks()
+        hooks, told = cast("Hooks", self._hooks), cast("Hooks", self._hooks).wanted
         equity: list[float] = []
         append, deadline = equity.append, turn.deadline
         at = first
@@ -350,8 +303,8 @@ class BacktestingEngine:
                     append(value)
                     if value <= 0.0 and tally[ex.RUINED_AT] < 0:
                         ex.go_bust(book, k, at)
-                    if filled and hooks:
-                        await self._notify(filled)
+                    if filled and told:
+                        await hooks.tell_fills(bar, filled)
                         deadline = turn.deadline
                     if at >= begins:
                         if waits:
@@ -405,6 +358,8 @@ class BacktestingEngine:
                     order = book.waiting[j]
                     for each in lots:
                         order += each
+                    if abs(order) >= ex.MAX_LOTS:
+                        raise self._too_many_lots(bar.index)
                     ex.put_order(book, j, order, ex.ORDER, tag)
             ordered = ordered or order != 0
         book.tally[ex.ORDERED_ROWS] += ordered
@@ -417,45 +372,6 @@ class BacktestingEngine:
         )
         error.bar_index, error.timestamp = at, self._time(at)
         return error
-
-    # What the strategy is told.
-
-    def _has_hooks(self) -> bool:
-        kind, base = type(self.strategy), AsyncStrategy if isinstance(self.strategy, AsyncStrategy) else Strategy
-        return kind.on_fill is not base.on_fill or kind.on_trade is not base.on_trade  # type: ignore[union-attr]
-
-    async def _notify(self, filled: int) -> None:
-        """Tells the strategy of the last `filled` events, in ledger order."""
-        strategy, bar = cast("Strategy", self.strategy), cast("Bar", self._bar)
-        ended = dict(self._portfolio.follow())
-        total = len(self._portfolio.events)
-        for index in range(total - filled, total):
-            event = self._portfolio.events[index]
-            await self._call(strategy.on_fill, bar, self._fill_of(event))
-            trade = ended.get(index)
-            if trade is not None:
-                await self._call(strategy.on_trade, bar, self._trade_of(trade))
-
-    async def _call(self, method: Callable[..., Any], *args: Any) -> None:
-        if isinstance(self.strategy, AsyncStrategy):
-            self._turn.leave()
-            await cast("Awaitable[None]", method(*args))
-            await self._turn.enter()
-        else:
-            method(*args)
-
-    def _fill_of(self, event: LedgerEvent) -> Fill:
-        symbol, size = self.bars.symbols[event.symbol], self.request.lot_size
-        return Fill(symbol, event.lots * size, event.price, event.fee, event.part, event.reason, event.tag)
-
-    def _trade_of(self, trade: Trade) -> TradeClosed:
-        assert trade.mae is not None  # noqa: S101 - the portfolio's book has the prices
-        assert trade.mfe is not None  # noqa: S101
-        return TradeClosed(
-            self.bars.symbols[trade.symbol], trade.side, trade.entry_bar, trade.exit_bar, trade.lots *
-            self.request.lot_size,
-            trade.entry_price, trade.exit_price, trade.fees, trade.net_pnl, trade.mae, trade.mfe,
-        )  # fmt: skip
 
     def _time(self, at: int) -> str:
         return str(np.datetime64(int(self.bars.timestamps[at]), "ns").astype("datetime64[s]")) + "Z"
@@ -470,33 +386,37 @@ class BacktestingEngine:
     # After the last bar.
 
     async def _close(self) -> None:
-        """The closing step: what waits is unfilled, what is open is closed at the last close."""
+        """The closing step: what is open is closed at the last close, and what waits then is unfilled.
+
+        What the strategy orders when it hears of the closing fills comes too late, like the orders of the last bar.
+        """
         portfolio, last = self._portfolio, len(self.bars) - 1
-        book = portfolio.book
+        book, bar, hooks = portfolio.book, self._bar, self._hooks
+        filled = 0
+        if self.request.force_close:
+            filled = ex.close_all(book, portfolio.terms, self._k, last, portfolio.fills)
+            portfolio.take_fills(filled)
+            closes = self.bars.close[last].tolist()
+            self._equity[last] = ex.mark_close(
+                book.money, book.mark, book.lots, self.request.lot_size, self._k, closes, 0
+            )
+        if bar is not None and hooks is not None:
+            if not self._window[0] <= last < self._window[1]:
+                self._load_window(last)
+            bar._i = last - self._window[0]
+            try:
+                if filled and hooks.wanted:
+                    await hooks.tell_fills(bar, filled)
+                    self._listen(bar)
+                bar._may_order = False
+                await hooks.tell_end(bar)
+                self._listen(bar)
+            except Exception as error:
+                self._name_bar(error, last)
+                raise
         self._unfilled = tuple(
             Unfilled(j, book.waiting[j], None if book.waiting_tag[j] < 0 else portfolio.tags[book.waiting_tag[j]])
             for j in range(self._k)
             if book.waiting[j] != 0
         )
-        filled = 0
-        if self.request.force_close:
-            filled = ex.close_all(book, portfolio.terms, self._k, last, portfolio.fills)
-            portfolio.take_fills(filled)
-            self._equity[last] = ex.mark_close(
-                book.money, book.mark, book.lots, self.request.lot_size, self._k, self.bars.close[last].tolist(), 0
-            )
-        if self._bar is not None:
-            strategy = cast("Strategy", self.strategy)
-            self._bar._may_order = False
-            if not self._window[0] <= last < self._window[1]:
-                self._load_window(last)
-            self._bar._i = last - self._window[0]
-            try:
-                if filled and self._has_hooks():
-                    await self._notify(filled)
-                await self._call(strategy.on_end, self._bar)
-            except Exception as error:
-                self._name_bar(error, last)
-                raise
-            self._listen(self._bar)
         self._finished = True

@@ -147,6 +147,8 @@ def _fill(
     requested: int,
     price: float,
     part: int,
+    reason: int,
+    tag: int,
 ) -> None:
     """Moves cash and lots by one fill at `price` (before slippage), and writes it down at place `at`."""
     if lots > 0:
@@ -168,8 +170,8 @@ def _fill(
     fills.fee[at] = fee
     fills.cash[at] = cash
     fills.part[at] = part
-    fills.reason[at] = book.waiting_reason[symbol]
-    fills.tag[at] = book.waiting_tag[symbol]
+    fills.reason[at] = reason
+    fills.tag[at] = tag
 
 
 def _free(book: Book, terms: Terms, k: int, opens: Floats, row: int) -> float:
@@ -203,7 +205,8 @@ def fill_waiting(book: Book, terms: Terms, k: int, opens: Floats, row: int, bar:
             elif held < 0 and order > 0:
                 part = min(order, -held)
             if part != 0:
-                _fill(book, terms, fills, count, bar, j, part, part, price, CLOSING)
+                reason, tag = book.waiting_reason[j], book.waiting_tag[j]
+                _fill(book, terms, fills, count, bar, j, part, part, price, CLOSING, reason, tag)
                 count += 1
                 if part == order:
                     put_order(book, j, 0, ORDER, NO_TAG)
@@ -224,7 +227,9 @@ def fill_waiting(book: Book, terms: Terms, k: int, opens: Floats, row: int, bar:
             if wanted == 0:
                 book.tally[CUT_TO_ZERO] += 1
             else:
-                _fill(book, terms, fills, count, bar, j, wanted if order > 0 else -wanted, order, price, OPENING)
+                reason, tag = book.waiting_reason[j], book.waiting_tag[j]
+                lots = wanted if order > 0 else -wanted
+                _fill(book, terms, fills, count, bar, j, lots, order, price, OPENING, reason, tag)
                 count += 1
             put_order(book, j, 0, ORDER, NO_TAG)
     return count
@@ -328,8 +333,6 @@ def close_all(book: Book, terms: Terms, k: int, bar: int, fills: Fills) -> int:
     for j in range(k):
         lots = book.lots[j]
         if lots != 0:
-            book.waiting_reason[j] = FORCED_CLOSE
-            book.waiting_tag[j] = NO_TAG
-            _fill(book, terms, fills, count, bar, j, -lots, -lots, book.mark[j], CLOSING)
+            _fill(book, terms, fills, count, bar, j, -lots, -lots, book.mark[j], CLOSING, FORCED_CLOSE, NO_TAG)
             count += 1
     return count

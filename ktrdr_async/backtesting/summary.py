@@ -62,7 +62,7 @@ def warnings_of(results: BacktestResults) -> list[str]:
     for j, first in enumerate(counters.zero_lots_first):
         if first is not None:
             found.append(
-                f"{symbols[j]}: {counters.zero_lots[j]:,} targets came to zero lots; the first was for "
+                f"{symbols[j]}: {counters.zero_lots[j]:,} weights came to zero lots; the first was for "
                 f"{number(first[0])}, one lot is {number(first[1])}: use a smaller lot_size or more capital"
             )
     if counters.cut:

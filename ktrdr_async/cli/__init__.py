@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ktrdr_async.cli.signals import Signals
 
     tokens = list(sys.argv[1:] if argv is None else argv)
-    signals = Signals(wants_json="--json" in tokens)
+    signals = Signals(tokens)
     signals.install()  # before anything large is imported: a Ctrl-C is never a traceback
     from ktrdr_async.cli.app import run
 

@@ -47,9 +47,11 @@ class Child:
     @classmethod
     async def start(cls, *arguments: str, environment: Mapping[str, str]) -> Child:
         """Starts one."""
+        # Where this process doesn't look for modules in the current directory, its children don't either.
+        safe = () if "" in sys.path or os.getcwd() in sys.path else ("-P",)
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-m", "ktrdr_async", *arguments),
+            *(*safe, "-m", "ktrdr_async", *arguments),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ktrdr_async.cli.output import Output, Secrets, blank
+from ktrdr_async.cli.output import Output, Secrets, blank, wants_json
 from ktrdr_async.cli.signals import Interrupted, Signals
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Context:
     def __init__(self, tokens: Sequence[str], signals: Signals) -> None:
         self.signals = signals
         self._secrets = Secrets([*tokens, os.environ.get(DATABASE_VARIABLE, "")])
-        self.output = Output(json="--json" in tokens, secrets=self._secrets)
+        self.output = Output(json=wants_json(tokens), secrets=self._secrets)
         signals.result = self.output.descriptor
         logger = logging.getLogger()
         logger.addHandler(NoteHandler(self.output))
@@ -55,7 +55,13 @@ class Context:
 
         async def guarded() -> T:
             task = asyncio.ensure_future(body())
-            with self.signals.on_this_loop(lambda _: _cancel(task)):
+
+            def stop(_: int) -> None:
+                if self.signals.count == 1:  # once: what it then closes isn't cut off
+                    task.cancel()
+                self.output.note(f"{self.signals.name}: stopping ...")
+
+            with self.signals.on_this_loop(stop):
                 await asyncio.wait({task})
             if task.cancelled():
                 raise Interrupted(f"{self.signals.name}: ended")
@@ -101,10 +107,6 @@ class Context:
             self.output.emit(blank() | {"error": {"code": "interrupted", "message": message, "hint": ""}})
         self.output.note(message)
         return self.signals.exit_code if self.signals.first is not None else 128 + signal.SIGINT
-
-
-def _cancel(task: asyncio.Future[Any]) -> None:
-    task.cancel()
 
 
 class NoteHandler(logging.Handler):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ktrdr_async.cli.context import DATABASE_VARIABLE
 from ktrdr_async.cli.failures import resumable
+from ktrdr_async.cli.options import roots_of
 from ktrdr_async.cli.output import Output, blank
 from ktrdr_async.cli.tables import (
     moment,
@@ -22,8 +25,8 @@ if TYPE_CHECKING:
     from ktrdr_async.operations.lifecycle import Operation
 
 
-def described(row: Operation) -> dict[str, Any]:
-    """An operation as plain values."""
+def described(row: Operation, dsn: str | None = None) -> dict[str, Any]:
+    """An operation as plain values; `dsn` is the database that the command line named."""
     result, told = row.result or {}, row.progress or {}
     run, metrics = result.get("run") or {}, result.get("metrics")
     bar, bars = progress_of(row)
@@ -56,13 +59,13 @@ def described(row: Operation) -> dict[str, Any]:
         found["error"] = {
             "code": "strategy_error",
             "message": f"{row.error.get('type')}: {row.error.get('message')}",
-            "hint": f"go on with: {resume_command(row)}",
+            "hint": f"go on with: {resume_command(row, dsn)}",
             "bar": row.error.get("bar"),
         }
     return found
 
 
-def print_operation(output: Output, row: Operation) -> None:
+def print_operation(output: Output, row: Operation, dsn: str | None) -> None:
     """An operation for people: the summary of a completed one, where another one stands."""
     if row.result is not None:
         import msgspec
@@ -99,15 +102,17 @@ def print_operation(output: Output, row: Operation) -> None:
         rows.append(("parent", f"{row.parent.operation_id} at bar {row.parent.bar_index}"))
     print_pairs(output, rows, title=f"operation {row.operation_id}")
     if row.status.value in ("failed", "cancelled", "interrupted"):
-        output.note(f"go on with: {resume_command(row)}")
+        output.note(f"go on with: {resume_command(row, dsn)}")
     if row.result_digest is not None:
         print_digest(output, row.result_digest)
 
 
-def resume_command(row: Operation) -> str:
+def resume_command(row: Operation, dsn: str | None) -> str:
     """What goes on with it, on the database that this command line looked at."""
-    named = str(row.request.get("strategy"))
-    return resumable(row.operation_id, dsn=None, allow=(named,) if ":" in named else (), roots=())[0]
+    named, own = str(row.request.get("strategy")), not (dsn or os.environ.get(DATABASE_VARIABLE))
+    roots = () if own else roots_of(row.request.get("data"))
+    command, remark = resumable(row.operation_id, dsn=dsn, allow=(named,) if ":" in named else (), roots=roots)
+    return command + (f"  ({remark})" if remark else "")
 
 
 def _standing(bar: int | None, bars: int | None, told: Mapping[str, Any]) -> str:

@@ -50,6 +50,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def wants_json(tokens: Sequence[str]) -> bool:
+    """Whether a command line asks for the one object, however wrong the rest of it is."""
+    return any(word == "--json" or word.lower() in ("--json=true", "--json=yes", "--json=1") for word in tokens)
+
+
 class Secrets:
     """Passwords that a command line or the environment holds, to be kept out of every message."""
 
@@ -115,10 +120,13 @@ class Output:
     def note(self, text: str) -> None:
         """A line for people."""
         text = self._secrets.hide(text)
-        if self._above is not None:
-            self._above(text)
-        else:
+        if self._above is None:
             self._write(sys.stderr, text + "\n")
+            return
+        try:
+            self._above(text)
+        except OSError:  # the terminal has gone away: what a signal has to do goes on
+            self._above = None
 
     def error(self, message: str, hint: str = "", details: str = "") -> None:
         """What went wrong, and what to do."""

@@ -97,15 +97,15 @@ class Runner:
         handle: OperationHandle | None = None
 
         def react(number: int) -> None:
+            if signals.first == signal.SIGINT:
+                task.cancel()
+            elif not leaving:
+                leaving.append(asyncio.create_task(worker.shutdown()))
             running = handle is not None and handle._actor.claimed.is_set()
             if signals.count > 1:
                 output.note("still saving ..." if running else "still stopping ...")
             else:
                 output.note(f"{signals.name}: saving a checkpoint ..." if running else f"{signals.name}: stopping ...")
-            if signals.first == signal.SIGINT:
-                task.cancel()
-            elif not leaving:
-                leaving.append(asyncio.create_task(worker.shutdown()))
 
         signals.react = react
         if signals.first is not None:  # it came just before
@@ -216,7 +216,7 @@ class Runner:
     async def _export(self, ended: Ended, results: BacktestResults) -> None:
         """Writes the files that were asked for; a signal meanwhile has nothing to stop any more."""
         signals = self.context.signals
-        signals.react = lambda _: self.context.output.note("the run is completed; its files are being written ...")
+        signals.react = lambda _: self.context.output.note("the run is completed; finishing ...")
         if self.pace.output is None:
             return
         directory = self.pace.output

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ktrdr_async.cli.output import blank, one_line
+from ktrdr_async.cli.output import blank, one_line, wants_json
 
 if TYPE_CHECKING:
     import asyncio
@@ -39,12 +39,12 @@ class Signals:
         result: descriptor of the stream that the one object of `--json` goes to.
     """
 
-    def __init__(self, *, wants_json: bool) -> None:
+    def __init__(self, tokens: Sequence[str]) -> None:
         self.first: int | None = None
         self.count = 0
         self.react: React | None = None
         self.result = 1
-        self._wants_json = wants_json
+        self._wants_json = wants_json(tokens)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._told = 0
         self._over = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +73,6 @@ def period_of(text: str, name: str) -> tuple[int, int]:
         raise DataError(
             f"{text!r} is not a time", where=name, hint="write a UTC time as 2020-03-02 or 2020-03-02 14:30"
         ) from None
-    return int(moment.astype("datetime64[ns]").astype(np.int64)), int(
-        (moment + 1).astype("datetime64[ns]").astype(np.int64)
-    )
+    unit: Any = np.datetime_data(moment)[0]
+    after = moment + np.timedelta64(1, unit)
+    return int(moment.astype("datetime64[ns]").astype(np.int64)), int(after.astype("datetime64[ns]").astype(np.int64))

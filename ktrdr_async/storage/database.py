@@ -322,8 +322,13 @@ class Reserved:
     async def _make(self) -> Connection | Proxy:
         await self.close()
         connector = self._database._connector
-        self._held = await (self._database._acquire(None) if connector is None else connector())
-        return self._held
+        if connector is None:
+            self._held = await self._database._acquire(None)
+            return self._held
+        self._held = made = await connector()
+        if self._database._on_acquire:  # nobody resets this connection, so once is enough
+            await made.execute(self._database._on_acquire, timeout=CONNECT_TIMEOUT)
+        return made
 
 
 @asynccontextmanager

@@ -377,9 +377,7 @@ class Bar:
                 f"this is {self.index}"
             )
         if not self._may_order:
-            raise OrderError(
-                "nothing can be ordered after the last bar", hint="on_end and the closing step's fills only look"
-            )
+            raise OrderError("nothing can be ordered after the last bar", hint="on_end only looks")
         self._said = True
         return position
 

@@ -52,7 +52,10 @@ def _decode_array(code: int, data: memoryview) -> Any:
     dtype_text, shape, writeable, content = msgspec.msgpack.decode(data, type=tuple[str, list[int], bool, bytes])
     if not re.fullmatch(r"[<>|=][a-zA-Z]\d*(\[\d*[a-z]+\])?", dtype_text):
         raise msgspec.ValidationError(f"array dtype {dtype_text!r} isn't permitted")
-    dtype = np.dtype(dtype_text)
+    try:
+        dtype = np.dtype(dtype_text)
+    except TypeError as error:
+        raise msgspec.ValidationError(f"array dtype {dtype_text!r} is none: {error}") from None
     if dtype.kind not in _DTYPE_KINDS or len(shape) > 32 or any(side < 0 for side in shape):
         raise msgspec.ValidationError(f"array of dtype {dtype_text!r} and shape {shape} isn't permitted")
     size = dtype.itemsize

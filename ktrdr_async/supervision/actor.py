@@ -18,11 +18,13 @@ from ktrdr_async.checkpoint.policy import CheckpointPolicy
 from ktrdr_async.checkpoint.service import CheckpointService
 from ktrdr_async.errors import AlreadyClaimedError, CancellationError, InvalidTransitionError
 from ktrdr_async.operations.lifecycle import Claim, Operation, Status
+from ktrdr_async.supervision.endings import SETTLED, End, Endings
 from ktrdr_async.supervision.heart import Running
 from ktrdr_async.supervision.jobs import Job, Permissions, resolve
 from ktrdr_async.supervision.mailbox import Ending, Mailbox, Progress
 from ktrdr_async.supervision.shielding import finish
-from ktrdr_async.supervision.supervisor import FINAL_SAVE_SECONDS, SETTLED, End, Supervisor
+from ktrdr_async.supervision.stored import rebuild
+from ktrdr_async.supervision.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from ktrdr_async.checkpoint.schemas import BacktestCheckpointState
@@ -147,18 +149,18 @@ class Actor:
             # Others see it, and may cancel it, while it waits. Its bars aren't kept: thousands may wait here.
             waited = (await self._look())[1]
             if waited.status is Status.COMPLETED:
-                return await worker.rebuild(waited, self.plan.bars, self.plan.permissions)
+                return await rebuild(worker.database, waited, self.plan.bars, self.plan.permissions)
             await self._wait_for_slot(waited)
         else:
             await worker._slots.acquire()
         try:
             job, found = await self._look()
             if job is None or found.status is Status.COMPLETED:
-                return await worker.rebuild(found, job.bars if job else self.plan.bars, self.plan.permissions)
+                return await rebuild(worker.database, found, job.bars if job else self.plan.bars, self.plan.permissions)
             claimed = await self._claim(waited or found)
             if claimed is None:
                 row = await worker.operations.get(self.operation_id)
-                return await worker.rebuild(row, job.bars, self.plan.permissions)
+                return await rebuild(worker.database, row, job.bars, self.plan.permissions)
             return await self._own(job, claimed, found)
         finally:
             worker._slots.release()
@@ -253,17 +255,11 @@ class Actor:
 
     async def _give_back(self, claimed: Claimed, end: End, error: BaseException) -> None:
         """Ends what is claimed and has nothing new to save; what goes wrong becomes a note on `error`."""
-        service = claimed.checkpoints
-        ended = await finish(
-            lambda: service.finish(
-                end.status, state=None, error=end.error, deadline=FINAL_SAVE_SECONDS, through=self._worker.last_line
-            )
-        )
-        if ended.error is not None:
-            self._failed_save = ended.error
-            error.add_note(f"{self.operation_id} couldn't be marked {end.status.value}: {ended.error}")
-            if not isinstance(ended.error, SETTLED):
-                self._worker.debts.add(self.operation_id, service, end)
+        ends = Endings(self.operation_id, claimed.checkpoints, self.mailbox, RunStatistics(), self._worker.last_line)
+        await ends.write(end, None, None, error)
+        self._failed_save = ends.failed_save
+        if ends.owed is not None:
+            self._worker.debts.add(self.operation_id, claimed.checkpoints, ends.owed)
 
     async def _own(self, job: Job, claimed: Claimed, found: Operation) -> BacktestResults:
         """Runs what is claimed, and sees to it that its end is written, now or later."""
@@ -282,8 +278,8 @@ class Actor:
                 del worker._running[named]
             if self._supervisor is not None:
                 self._failed_save = self._supervisor.final_save_error
-                if self._supervisor.owed is not None:
-                    worker.debts.add(named, claimed.checkpoints, self._supervisor.owed)
+                if self._supervisor.ends.owed is not None:
+                    worker.debts.add(named, claimed.checkpoints, self._supervisor.ends.owed)
 
     async def _supervise(self, job: Job, claimed: Claimed, prior: End) -> BacktestResults:
         """Runs the engine to an end; after a transient error again from the checkpoint, a bounded number of times."""
@@ -337,16 +333,14 @@ class Actor:
 
     async def _load(self, claimed: Claimed, prior: End) -> BacktestCheckpointState | None:
         """The checkpoint to go on from; where it can't be loaded or this task is cancelled, the operation goes back."""
-        done = await finish(lambda: claimed.checkpoints.load_checkpoint(self.operation_id))
-        if done.cancelled is None and done.error is None:
-            return done.result
-        if self._supervisor is not None:
-            self._supervisor.owed = None  # what is to be written is decided here
-        error = done.cancelled or done.error
-        assert error is not None  # noqa: S101 - one of the two is there
-        end = prior
-        if done.cancelled is not None and self.mailbox.ending is not Ending.SHUTDOWN:
-            end = End(Status.CANCELLED)
-        if not isinstance(error, SETTLED) and self.mailbox.ending is not Ending.LOST:
-            await self._give_back(claimed, end, error)
-        raise error
+        try:
+            return await claimed.checkpoints.load_checkpoint(self.operation_id)
+        except BaseException as error:
+            if self._supervisor is not None:
+                self._supervisor.ends.owed = None  # what is to be written is decided here
+            end = prior
+            if isinstance(error, asyncio.CancelledError) and self.mailbox.ending is not Ending.SHUTDOWN:
+                end = End(Status.CANCELLED)
+            if not isinstance(error, SETTLED) and self.mailbox.ending is not Ending.LOST:
+                await self._give_back(claimed, end, error)
+            raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ktrdr_async.supervision.supervisor import SETTLED, End
+from ktrdr_async.supervision.endings import SETTLED, End
 
 if TYPE_CHECKING:
     from ktrdr_async.checkpoint.service import CheckpointService

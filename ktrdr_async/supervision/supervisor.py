@@ -28,12 +28,11 @@ from ktrdr_async.errors import (
     DatabaseError,
     InvalidTransitionError,
     KtrdrError,
-    OperationNotFoundError,
-    OwnershipLostError,
     SaveTimeoutError,
     StrategyError,
 )
 from ktrdr_async.operations.lifecycle import Status
+from ktrdr_async.supervision.endings import SETTLED, End, Endings, note_of, resume_hint
 from ktrdr_async.supervision.mailbox import Ending, Mailbox, Progress
 from ktrdr_async.supervision.shielding import finish
 
@@ -46,18 +45,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ktrdr_async.supervision")
 
-FINAL_SAVE_SECONDS = 10.0
 COMPLETION_SECONDS = 60.0
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 30.0  # seconds between tries of a periodic save that failed
-# What a write of ours says where the operation isn't running under our claim any more: nothing is left to be written.
-SETTLED = (OwnershipLostError, OperationNotFoundError, InvalidTransitionError, CancellationError)
-
-
-class End(msgspec.Struct, frozen=True):
-    """How an operation stands, or is to stand, when nobody runs it."""
-
-    status: Status
-    error: dict[str, Any] | None = None  # of a failure
 
 
 class Supervisor:
@@ -96,12 +85,9 @@ class Supervisor:
     ) -> None:
         self.operation_id = operation_id
         self.statistics = statistics
-        self.checkpoint_bar: int | None = None
         self.restartable = False  # it ended with a transient error, and still holds its claim
-        self.final_save_error: BaseException | None = None
-        self.owed: End | None = End(Status.INTERRUPTED)  # what is still to be written of the end; None: nothing
+        self.ends = Endings(operation_id, checkpoints, mailbox, statistics, last_line)
         self._transient = transient
-        self._last_line = last_line
         self._engine = engine
         self._checkpoints = checkpoints
         self._policy = policy
@@ -129,7 +115,7 @@ class Supervisor:
         """
         if state is not None:
             self._first_bar = state.bar_index + 1
-            self.checkpoint_bar = state.bar_index
+            self.ends.checkpoint_bar = state.bar_index
             before = self.statistics.resumed_from or state.resumed_from  # a restart here may have saved nothing new
             self.statistics.resumed_from = [*before, state.bar_index]
         self._policy.start(self._first_bar - 1)
@@ -171,13 +157,18 @@ class Supervisor:
         return await self._complete(results, outcome, closing)
 
     @property
+    def final_save_error(self) -> BaseException | None:
+        """Why its end couldn't be written; None: it was."""
+        return self.ends.failed_save
+
+    @property
     def progress(self) -> Progress:
         """Where the run stands."""
         block, bars = self._block, len(self._engine.bars)
         status = Status.RUNNING.value
         if block is None:
             return Progress(
-                operation_id=self.operation_id, status=status, bars=bars, checkpoint_bar=self.checkpoint_bar
+                operation_id=self.operation_id, status=status, bars=bars, checkpoint_bar=self.ends.checkpoint_bar
             )
         elapsed = self._clock() - self._began
         speed = (block.bar_index + 1 - self._first_bar) / elapsed if elapsed > 0 else None
@@ -191,7 +182,7 @@ class Supervisor:
             trades=block.trades,
             bars_per_second=speed,
             seconds_left=(bars - 1 - block.bar_index) / speed if speed else None,
-            checkpoint_bar=self.checkpoint_bar,
+            checkpoint_bar=self.ends.checkpoint_bar,
             paused=self._mailbox.paused,
         )
 
@@ -241,12 +232,12 @@ class Supervisor:
         seconds = self._clock() - started
         self.statistics.save_seconds += seconds
         if done.error is None:
-            self.checkpoint_bar = bar
+            self.ends.checkpoint_bar = bar
             self.statistics.checkpoints_saved += 1
             self._policy.record_checkpoint(bar, seconds)
             self._retry_at, self._backoff = None, _FIRST_BACKOFF
         elif isinstance(done.error, SETTLED):
-            self._settled, self.owed = True, None
+            self._settled, self.ends.owed = True, None
             raise done.error
         elif not isinstance(done.error, Exception):
             raise done.error
@@ -269,7 +260,7 @@ class Supervisor:
         box, bar = self._mailbox, self._engine.boundary.bar_index
         while box.waiting:
             asked = list(box.checkpoint_requests)  # they stay in the box, which answers them if the save doesn't return
-            saved = self.checkpoint_bar == bar or await self._save(CheckpointType.PERIODIC)
+            saved = self.ends.checkpoint_bar == bar or await self._save(CheckpointType.PERIODIC)
             failed = KtrdrError(f"{self.operation_id}: the checkpoint failed", hint="see the log")
             box.answer(asked, bar if saved else failed)
             if box.paused and not box.checkpoint_requests:
@@ -303,17 +294,17 @@ class Supervisor:
         error, cancelled = done.error, done.cancelled
         if error is not None:
             late = await self._end_incomplete(error)
-            other = None if isinstance(error, SETTLED) else self.final_save_error
+            other = None if isinstance(error, SETTLED) else self.ends.failed_save
             if isinstance(other, InvalidTransitionError) or (other and self._checkpoints.acknowledged != before):
                 # The completion, whose answer was lost, has landed after all: no other end could be written.
-                error = self.owed = self.final_save_error = None
+                error = self.ends.owed = self.ends.failed_save = None
             cancelled = late or cancelled
         else:
-            self.owed = None
+            self.ends.owed = None
         if cancelled is not None:
             if error is not None:
-                cancelled.add_note(_note(self.operation_id, error))
-            raised = self._translated(cancelled)
+                cancelled.add_note(note_of(self.operation_id, error))
+            raised = self.ends.translated(cancelled)
             if isinstance(raised, asyncio.CancelledError):
                 raise raised
         if error is not None:
@@ -325,7 +316,7 @@ class Supervisor:
         if isinstance(error, CancellationError):
             return await self._write_end(End(Status.CANCELLED), CheckpointType.CANCELLATION, error)
         if isinstance(error, SETTLED):
-            self.owed = None
+            self.ends.owed = None
             return None
         if isinstance(error, SaveTimeoutError | DatabaseError) or not isinstance(error, Exception):
             return await self._write_end(End(Status.INTERRUPTED), CheckpointType.SHUTDOWN, error)
@@ -336,39 +327,20 @@ class Supervisor:
         why = self._mailbox.ending
         self._finish_statistics()
         if why is Ending.LOST:
-            self.owed = None
+            self.ends.owed = None
         elif why is Ending.SHUTDOWN:
             await self._write_end(End(Status.INTERRUPTED), CheckpointType.SHUTDOWN, error)
         else:
             await self._write_end(End(Status.CANCELLED), CheckpointType.CANCELLATION, error)
-        translated = self._translated(error)
+        translated = self.ends.translated(error)
         if translated is not error:
             raise translated from None
-
-    def _translated(self, error: asyncio.CancelledError) -> BaseException:
-        """What is raised: the cancellation where it came from outside, else what the mailbox asked for."""
-        why, named = self._mailbox.ending, self.operation_id
-        if why is None or self._absorb_own_cancel():
-            return error
-        if why is Ending.LOST:
-            return OwnershipLostError(named, f"{named}: a newer owner holds it; nothing was written")
-        reason = "shut down with its worker" if why is Ending.SHUTDOWN else "cancelled on request"
-        translated = CancellationError(named, f"{named} was {reason}", hint=_resume_hint(named))
-        for note in getattr(error, "__notes__", []):
-            translated.add_note(note)
-        return translated
-
-    @staticmethod
-    def _absorb_own_cancel() -> bool:
-        """Takes back the cancel that the mailbox sent to this task; whether others are still pending."""
-        task = asyncio.current_task()
-        return task is not None and task.uncancel() > 0
 
     async def _prepare_restart(self, error: Exception) -> None:
         """After a transient error: its last boundary is saved, and the claim is kept."""
         self._finish_statistics()
         try:
-            if self._engine.boundary.bar_index > (-1 if self.checkpoint_bar is None else self.checkpoint_bar):
+            if self._engine.boundary.bar_index > (-1 if self.ends.checkpoint_bar is None else self.ends.checkpoint_bar):
                 await self._save(CheckpointType.FAILURE)
         except asyncio.CancelledError as cancelled:
             cancelled.add_note(f"meanwhile: {type(error).__name__}: {error}")
@@ -391,9 +363,9 @@ class Supervisor:
     async def _end_failed(self, error: Exception) -> None:
         self._finish_statistics()
         cancelled = await self._write_end(End(Status.FAILED, self._failure(error)), CheckpointType.FAILURE, error)
-        error.add_note(_resume_hint(self.operation_id))
+        error.add_note(resume_hint(self.operation_id))
         if cancelled is not None:
-            raised = self._translated(cancelled)
+            raised = self.ends.translated(cancelled)
             if isinstance(raised, asyncio.CancelledError):  # what the mailbox asked for came too late
                 raised.add_note(f"meanwhile the operation failed: {type(error).__name__}: {error}")
                 raise raised
@@ -401,9 +373,9 @@ class Supervisor:
     async def _hand_back(self, error: CheckpointMismatchError | CheckpointCorruptedError) -> None:
         """The checkpoint isn't for this code or these data: the operation goes back as it was."""
         error.operation_id = self.operation_id
-        cancelled = await self._write(self._prior, None, None, error)
+        cancelled = await self.ends.write(self._prior, None, None, error)
         if cancelled is not None:
-            raised = self._translated(cancelled)
+            raised = self.ends.translated(cancelled)
             if isinstance(raised, asyncio.CancelledError):
                 raised.add_note(f"meanwhile: {type(error).__name__}: {error}")
                 raise raised
@@ -417,44 +389,9 @@ class Supervisor:
                 state = self._state()
         except Exception as broken:
             logger.exception("%s: its last boundary can't be saved", self.operation_id)
-            error.add_note(_note(self.operation_id, broken))
-        return await self._write(end, kind, state, error)
-
-    async def _write(
-        self, end: End, kind: CheckpointType | None, state: BacktestCheckpointState | None, error: BaseException
-    ) -> asyncio.CancelledError | None:
-        done = await finish(
-            lambda: self._checkpoints.finish(
-                end.status,
-                state=state,
-                checkpoint_type=kind,
-                error=end.error,
-                deadline=FINAL_SAVE_SECONDS,
-                through=self._last_line,
-            )
-        )
-        if done.error is None:
-            self.owed = None
-            self.statistics.checkpoints_saved += state is not None
-            self.checkpoint_bar = state.bar_index if state is not None else self.checkpoint_bar
-        else:
-            self.owed = None if isinstance(done.error, SETTLED) else end
-            self.statistics.checkpoints_failed += 1
-            self.final_save_error = done.error
-            logger.error("%s: the final save failed: %s: %s", self.operation_id, type(done.error).__name__, done.error)
-            error.add_note(_note(self.operation_id, done.error))
-        return done.cancelled
+            error.add_note(note_of(self.operation_id, broken))
+        return await self.ends.write(end, kind, state, error)
 
 
 def _cancelled_itself() -> StrategyError:
     return StrategyError("something that the strategy awaited was cancelled; nobody has cancelled the operation")
-
-
-def _note(operation_id: str, error: BaseException) -> str:
-    return (
-        f"the last save of {operation_id} failed: {type(error).__name__}: {error}; an earlier checkpoint still stands"
-    )
-
-
-def _resume_hint(operation_id: str) -> str:
-    return f"go on with: ktrdr-async resume {operation_id}"

@@ -11,29 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import msgspec
 
-from ktrdr_async.backtesting.checkpoint_builder import recorded_values
-from ktrdr_async.backtesting.portfolio import equity_curve
 from ktrdr_async.backtesting.request import BacktestRequest
-from ktrdr_async.backtesting.results import BacktestResults, Outcome
-from ktrdr_async.checkpoint.service import CheckpointService
+from ktrdr_async.backtesting.results import BacktestResults
 from ktrdr_async.errors import (
-    CancellationError,
-    CheckpointMismatchError,
     InvalidTransitionError,
     OperationConflictError,
-    OperationFailedError,
 )
 from ktrdr_async.operations.lifecycle import Operation, Owner, Status, is_alive
 from ktrdr_async.operations.service import OperationsService
 from ktrdr_async.storage.database import Database
 from ktrdr_async.supervision.actor import Actor, Plan
 from ktrdr_async.supervision.debts import Debts
+from ktrdr_async.supervision.handle import OperationHandle as OperationHandle
 from ktrdr_async.supervision.heart import Heart, LastLine, Running
-from ktrdr_async.supervision.jobs import Permissions, narrowed, read_bars
+from ktrdr_async.supervision.jobs import Permissions
 from ktrdr_async.supervision.mailbox import Ending, Progress
-from ktrdr_async.supervision.shielding import finish_or_raise, in_thread, until_done
+from ktrdr_async.supervision.shielding import finish_or_raise, until_done
+from ktrdr_async.supervision.stored import progress_of, rebuild
 from ktrdr_async.supervision.turns import Turns
 
 if TYPE_CHECKING:
@@ -46,64 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ktrdr_async.supervision")
 
 POLL_SECONDS = 0.25
-
-
-class OperationHandle:
-    """An operation that this worker runs. Awaiting it cancels nothing: a client's disconnect ends no run."""
-
-    def __init__(self, worker: BacktestWorker, actor: Actor) -> None:
-        self._worker, self._actor = worker, actor
-
-    @property
-    def operation_id(self) -> str:
-        """The operation's id."""
-        return self._actor.operation_id
-
-    @property
-    def done(self) -> bool:
-        """Whether it has ended, one way or another."""
-        return self._actor.task.done()
-
-    async def result(self) -> BacktestResults:
-        """Waits for the end.
-
-        Raises:
-            CancellationError: if it was cancelled on request or by its worker's leaving.
-            Exception: what ended it.
-        """
-        await asyncio.wait({self._actor.task})
-        return self._actor.outcome()
-
-    async def progress(self, interval: float = 0.1) -> AsyncIterator[Progress]:
-        """Where it stands, at most every `interval` seconds, until it has ended; the last one tells its end."""
-        seen: Progress | None = None
-        while not self._actor.task.done():
-            now = self._actor.progress()
-            if now != seen:
-                seen = now
-                yield now
-            await asyncio.wait({self._actor.task}, timeout=interval)
-        yield self._actor.progress()
-
-    def inspect(self) -> Progress:
-        """Where it stands now."""
-        return self._actor.progress()
-
-    async def cancel(self) -> None:
-        """Asks it to end and waits until its checkpoint is durable. :raises Exception: if that save failed."""
-        await self._worker.cancel(self.operation_id)
-
-    async def checkpoint(self) -> int:
-        """Asks for a checkpoint at the next boundary; its bar, once it is durable."""
-        return await self._actor.mailbox.ask_checkpoint()
-
-    def pause(self) -> None:
-        """Halts it at the next boundary, after a checkpoint."""
-        self._actor.mailbox.pause()
-
-    def go_on(self) -> None:
-        """Ends a halt."""
-        self._actor.mailbox.go_on()
 
 
 class BacktestWorker:
@@ -387,59 +324,9 @@ class BacktestWorker:
             CheckpointMismatchError: if its data aren't those of the run any more.
         """
         row = await self.operations.get(operation_id)
-        return await self.rebuild(row, bars, Permissions(trusted=False, allow=self._allow, data_roots=self._roots))
-
-    async def rebuild(self, row: Operation, bars: Bars | None, permissions: Permissions) -> BacktestResults:
-        """A completed operation's results, from its row, its ledger and its bars."""
-        if row.status is Status.FAILED:
-            error = row.error or {}
-            raise OperationFailedError(
-                row.operation_id, f"{row.operation_id} failed: {error.get('type')}: {error.get('message')}"
-            )
-        if row.status in (Status.CANCELLED, Status.INTERRUPTED):
-            raise CancellationError(
-                row.operation_id,
-                f"{row.operation_id} is {row.status.value}",
-                hint=f"go on with: ktrdr-async resume {row.operation_id}",
-            )
-        if row.status is not Status.COMPLETED or row.result is None:
-            raise InvalidTransitionError(
-                row.operation_id, f"{row.operation_id} is {row.status.value}: it has no result yet"
-            )
-        outcome = msgspec.convert(row.result, Outcome)
-        request = BacktestRequest.from_dict(row.request)
-        loaded = await CheckpointService(self.database, None).load_ledger(row.operation_id)
-        if bars is not None:
-            given = bars
-            found = await in_thread(lambda: narrowed(given, request))
-        else:
-            found = await read_bars(request, permissions)
-
-        def build() -> BacktestResults:
-            now = found.fingerprint()
-            if now != outcome.fingerprint:
-                raise CheckpointMismatchError(
-                    row.operation_id,
-                    f"the data of {row.operation_id} have changed since it ran",
-                    differences={"bars": (outcome.fingerprint, now)},
-                    hint="hand over the data that it ran on",
-                )
-            equity = equity_curve(loaded.ledger, found.close, request.initial_capital, request.lot_size)
-            results = BacktestResults(
-                request=request,
-                bars=found,
-                strategy=outcome.strategy,
-                ledger=tuple(loaded.ledger),
-                recorded=tuple(recorded_values(loaded.recorded, row.operation_id)),
-                counters=outcome.counters,
-                unfilled=tuple(outcome.unfilled),
-                equity=equity,
-                run=outcome.run,
-            )
-            _ = results.digest, results.metrics
-            return results
-
-        return await in_thread(build)
+        return await rebuild(
+            self.database, row, bars, Permissions(trusted=False, allow=self._allow, data_roots=self._roots)
+        )
 
     # Ending.
 
@@ -510,13 +397,3 @@ class BacktestWorker:
             await asyncio.wait({heart})
             if self.debts:
                 await self.debts.pay(seconds=2.0)
-
-
-def progress_of(row: Operation) -> Progress:
-    """What a stored operation tells of its progress."""
-    stored = (
-        msgspec.convert(row.progress, Progress) if row.progress else Progress(operation_id=row.operation_id, status="")
-    )
-    return msgspec.structs.replace(
-        stored, status=row.status.value, checkpoint_bar=row.checkpoint_bar, paused=row.paused
-    )

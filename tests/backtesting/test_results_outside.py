@@ -132,7 +132,7 @@ async def test_weights_of_zero_lots_are_warned_about_once_with_both_figures() ->
     results = await finish(kt.BacktestingEngine(FREE, flat_bars([10.0] * 40), scripted(40, at)))
     assert results.counters.zero_lots == [5]
     (said,) = [w for w in results.warnings if "zero lots" in w]
-    assert said.startswith("A: 5 targets came to zero lots; the first was for 1.00, one lot is 10.00")
+    assert said.startswith("A: 5 weights came to zero lots; the first was for 1.00, one lot is 10.00")
 
 
 @pytest.mark.parametrize(("rows", "warned"), [(20, False), (21, True)])

@@ -123,6 +123,7 @@ class CuttingProxy:
     def __init__(self, target: str) -> None:
         self.target = target
         self.armed: str | None = None
+        self.guarded = 0  # guarded statements that clients have sent
         self._late: list[tuple[bytes, asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -167,6 +168,7 @@ class CuttingProxy:
         try:
             while chunk := await reader.read(1_000_000):
                 if b"WITH own AS" in chunk and b"B" in message_types(chunk):
+                    self.guarded += 1
                     what, self.armed = self.armed, None
                     if what == "late":
                         back.cancel()

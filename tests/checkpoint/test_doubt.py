@@ -65,6 +65,7 @@ async def test_a_commit_whose_reply_is_lost_is_found_and_not_repeated(dsn: str) 
             assert proxy.armed is None
             assert receipt.revision == service.acknowledged.revision
             assert await head_of(database) == (receipt.revision, "periodic", bar)
+            assert proxy.guarded == receipt.revision  # looked for, and not sent again
         assert await segments_of(database) == [(1, 0, 6), (2, 6, 8)]
 
 
@@ -142,19 +143,23 @@ async def test_the_head_is_read_after_the_wait_for_the_lock(database: Database) 
     """Lock and read in one statement read from before the wait: the save would be taken for lost, and sent again."""
     _, _, service = await claimed(database)
     await service.save_checkpoint("op", PERIODIC, state(99, 6))
-    async with database.connection() as watcher:
-        async with database.connection() as holder, holder.transaction(isolation="read_committed"):
-            # Holds up the server's statement before its end, and so its answer; the fence's lock is already taken then.
-            await holder.execute("SELECT 1 FROM ktrdr.operation_checkpoints FOR UPDATE")
-            saving = asyncio.create_task(service.save_checkpoint("op", PERIODIC, state(199, 8, since=6)))
-            await waiting_on_a_lock(watcher)
-            saving.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await saving
-            assert service.in_doubt
-            resolving = asyncio.create_task(service.resolve())
+    async with database.connection() as watcher, database.connection() as holder:
+        # Holds up the server's statement before its end, and so its answer; the fence's lock is already taken then.
+        await holder.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+        await holder.execute("SELECT 1 FROM ktrdr.operation_checkpoints FOR UPDATE")
+        saving = asyncio.create_task(service.save_checkpoint("op", PERIODIC, state(199, 8, since=6)))
+        await waiting_on_a_lock(watcher)
+        saving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await saving
+        assert service.in_doubt
+        assert service._undecided is not None
+        async with database.connection() as connection:
+            looking = asyncio.create_task(service._undecided.look(connection))
             await waiting_on_a_lock(watcher, 2)
-        await resolving
+            await holder.execute("ROLLBACK")
+            assert await looking is True
+    await service.resolve()
     assert service.acknowledged.revision == 2
     assert await head_of(database) == (2, "periodic", 199)
     assert await segments_of(database) == [(1, 0, 6), (2, 6, 8)]

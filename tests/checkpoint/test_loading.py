@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from checkpoint_samples import DIGEST, claimed, event, state
 
-from ktrdr_async.checkpoint import CheckpointService, codec
+from ktrdr_async.checkpoint import CheckpointService, codec, reading
 from ktrdr_async.checkpoint.manifest import Manifest
 from ktrdr_async.checkpoint.schemas import (
     BacktestCheckpointState,
@@ -190,6 +190,25 @@ async def test_a_truncated_ledger_of_a_completed_operation_is_refused(database: 
         await connection.execute("DELETE FROM ktrdr.ledger_segments WHERE sequence = 2")
     with pytest.raises(CheckpointCorruptedError, match="segment 2 of 2 is missing"):
         await service.load_ledger("op")
+
+
+async def test_r1_a_load_sees_one_snapshot(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its statements the checkpoint is deleted: what is loaded is whole all the same."""
+    operations, _, service = await claimed(database)
+    for n in range(3):
+        await service.save_checkpoint("op", PERIODIC, state(n, 2 * n + 2, since=2 * n))
+    await service.finish(Status.CANCELLED, state=None)
+    read = reading._read_chain
+
+    async def later(*arguments: Any) -> Any:
+        await operations.delete_checkpoint("op")
+        return await read(*arguments)
+
+    monkeypatch.setattr(reading, "_read_chain", later)
+    loaded = await CheckpointService(database).load_checkpoint("op")
+    assert loaded is not None
+    assert loaded.ledger == [event(n) for n in range(6)]
+    assert await CheckpointService(database).load_checkpoint("op") is None
 
 
 async def test_a_checkpoint_of_another_operation_doesnt_pass_for_this_ones(database: Database) -> None:

@@ -67,7 +67,7 @@ async def test_unknown_and_ambiguous_ids(cli: Cli, database: Database) -> None:
 
 
 async def test_cancel_from_another_process_returns_when_the_checkpoint_is_durable(cli: Cli) -> None:
-    live = cli.start(*RUN, "--throttle", "1000", "--progress-seconds", "0.05", "--json", "--id", "far")
+    live = cli.start(*RUN, "--throttle", "50", "--progress-seconds", "0.05", "--json", "--id", "far")
     live.until("bar ")
     busy = cli.run("resume", "far", "--json")
     assert (busy.code, busy.json["error"]["code"]) == (1, "already_claimed")
@@ -84,7 +84,7 @@ async def test_cancel_from_another_process_returns_when_the_checkpoint_is_durabl
 
 
 async def test_take_over_ends_the_process_that_ran_it(cli: Cli) -> None:
-    live = cli.start(*RUN, "--throttle", "200", "--json", "--id", "two")
+    live = cli.start(*RUN, "--throttle", "50", "--json", "--id", "two")
     live.operation()
     taken = cli.run("resume", "two", "--take-over", "--json")
     assert (taken.code, taken.json["status"]) == (0, "completed")
@@ -95,7 +95,7 @@ async def test_take_over_ends_the_process_that_ran_it(cli: Cli) -> None:
 async def test_a_relative_path_is_stored_whole_and_resumes_elsewhere(cli: Cli, dsn: str) -> None:
     (cli.directory / "a.csv").write_text(csv())
     run = ("--data", "a.csv", "--strategy", "sma_cross", "--param", "fast=3", "slow=9")
-    live = cli.start("run", *run, "--database", dsn, "--throttle", "200", "--progress-seconds", "0.05", "--json")
+    live = cli.start("run", *run, "--database", dsn, "--throttle", "50", "--progress-seconds", "0.05", "--json")
     name = live.operation()
     live.until("bar ")
     live.send(signal.SIGINT)
@@ -120,7 +120,7 @@ async def test_a_relative_path_is_stored_whole_and_resumes_elsewhere(cli: Cli, d
 
 async def test_own_code_is_trusted_for_run_and_asked_for_by_resume(cli: Cli) -> None:
     run = ("--data", MARKET, "--strategy", "mine:Counting")
-    live = cli.start("run", *run, "--throttle", "2000", "--progress-seconds", "0.05", "--json")
+    live = cli.start("run", *run, "--throttle", "100", "--progress-seconds", "0.05", "--json")
     name = live.operation()
     live.until("bar ")
     live.send(signal.SIGINT)

@@ -13,7 +13,7 @@ from cli_processes import MARKET, PATIENCE, Cli, Live
 pytestmark = pytest.mark.anyio
 
 RUN = ("run", "--data", MARKET, "--strategy", "sma_cross")
-SLOW = (*RUN, "--throttle", "2000", "--progress-seconds", "0.05")
+SLOW = (*RUN, "--throttle", "100", "--progress-seconds", "0.05")
 
 
 def under_way(live: Live) -> None:
@@ -95,7 +95,9 @@ async def test_ctrl_c_works_where_sigint_was_inherited_as_ignored(cli: Cli) -> N
 
 
 async def test_kill_9_and_resume_give_the_digest_of_an_uninterrupted_run(cli: Cli) -> None:
-    live = cli.start(*SLOW, "--checkpoint-bars", "200", "--id", "killed")
+    live = cli.start(
+        *RUN, "--throttle", "500", "--progress-seconds", "0.05", "--checkpoint-bars", "200", "--id", "killed"
+    )
     live.operation()
     live.until("  checkpoint ")
     live.kill()

@@ -49,11 +49,16 @@ class Terminal:
             pass
         return self.process.wait(60)
 
+    def hang_up(self) -> None:
+        os.close(self._master)
+        self._master = -1
+
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait(60)
-        os.close(self._master)
+        if self._master >= 0:
+            os.close(self._master)
 
     def _read(self) -> bool:
         try:
@@ -80,7 +85,7 @@ def on_terminal(cli: Cli, *arguments: str) -> Iterator[Terminal]:
 
 
 async def test_progress_is_a_bar_and_a_typed_ctrl_c_saves(cli: Cli) -> None:
-    with on_terminal(cli, *RUN, "--throttle", "1000", "--id", "typed") as terminal:
+    with on_terminal(cli, *RUN, "--throttle", "100", "--id", "typed") as terminal:
         terminal.until("operation typed")
         terminal.until("━")
         terminal.until("equity")
@@ -102,6 +107,16 @@ async def test_progress_is_a_bar_and_a_typed_ctrl_c_saves(cli: Cli) -> None:
         terminal.type("\x03")
         assert terminal.end() == 130
         assert "Traceback" not in terminal.seen
+
+
+async def test_a_terminal_that_is_closed_interrupts_with_a_checkpoint(cli: Cli) -> None:
+    with on_terminal(cli, *RUN, "--throttle", "100", "--id", "hung-up") as terminal:
+        terminal.until("operation hung-up")
+        terminal.until("equity")
+        terminal.hang_up()
+        assert terminal.process.wait(60) == 129
+    shown = cli.show("hung-up")
+    assert (shown["status"], shown["checkpoint"]["type"]) == ("interrupted", "shutdown")
 
 
 async def test_the_demonstration_at_any_width(cli: Cli) -> None:

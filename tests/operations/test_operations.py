@@ -161,15 +161,16 @@ async def test_of_concurrent_claims_one_wins(operations: OperationsService) -> N
     assert (await operations.get("a")).epoch == 1
 
 
+@pytest.mark.parametrize("decided", [False, True])
 async def test_two_takeovers_that_read_the_same_epoch_dont_both_win(
-    operations: OperationsService, database: Database
+    operations: OperationsService, database: Database, decided: bool
 ) -> None:
     await operations.create("a", {})
     await operations.claim("a", owner=ELSEWHERE)
     await age(database, 60)
     async with database.connection() as holder, holder.transaction(isolation="read_committed"):
         await holder.execute("SELECT 1 FROM ktrdr.operations FOR UPDATE")
-        claims = [asyncio.create_task(operations.claim("a", owner=ELSEWHERE)) for _ in range(2)]
+        claims = [asyncio.create_task(operations.claim("a", owner=ELSEWHERE, take_over=decided)) for _ in range(2)]
         await waiting_on_a_lock(database, 2)  # both have read epoch 1
     found = await asyncio.gather(*claims, return_exceptions=True)
     assert {type(item) for item in found} == {Claim, AlreadyClaimedError}

@@ -154,9 +154,14 @@ async def test_settings_of_the_role_do_not_make_commits_unsafe(dsn: str) -> None
     try:
         async with Database.open(dsn) as database:
             for _ in range(2):  # also after the pool's reset
-                async with database.connection() as used:
-                    assert await used.fetchval("SHOW synchronous_commit") == "on"
-                    assert await used.fetchval("SHOW transaction_isolation") == "read committed"
+                async with (
+                    database.connection() as used,
+                    database.reserved() as reserved,
+                    reserved.connection() as kept,
+                ):
+                    for one in (used, kept):
+                        assert await one.fetchval("SHOW synchronous_commit") == "on"
+                        assert await one.fetchval("SHOW transaction_isolation") == "read committed"
         async with asyncpg.create_pool(dsn, min_size=1, max_size=2) as pool:
             async with (
                 Database.open(pool=pool) as database,
@@ -291,6 +296,7 @@ async def test_errors_of_the_work_are_not_transient(database: Database, tmp_path
         (tmp_path / "nothing").read_text()
     assert not is_transient(caught.value)
     assert not is_transient(ValueError())
+    assert is_transient(asyncpg.InternalClientError("what asyncpg makes of a server that is killed in an answer"))
     assert not is_transient(asyncio.CancelledError())
 
 

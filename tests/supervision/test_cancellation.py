@@ -29,7 +29,7 @@ from supervision_runs import (
 )
 
 import ktrdr_async as kt
-from ktrdr_async.supervision import supervisor
+from ktrdr_async.supervision import endings
 from ktrdr_async.supervision.worker import BacktestWorker
 
 pytestmark = pytest.mark.anyio
@@ -100,6 +100,32 @@ async def test_a_cancel_during_a_periodic_save(worker: BacktestWorker, dsn: str,
             task.cancel()
             await asyncio.sleep(0)
     await asyncio.wait({task})
+    assert task.cancelled()
+    assert standing(await worker.operations.get("op")) == SAVED
+    await nothing_left(worker, dsn, before)
+    await resumed(worker)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+async def test_a_cancel_while_a_checkpoint_is_loaded(worker: BacktestWorker, dsn: str, times: int) -> None:
+    """Reading is nothing to wait for: it ends at once, and the checkpoint stands."""
+    before = asyncio.all_tasks()
+    task = await begun(worker)
+    task.cancel()
+    await asyncio.wait({task})
+    async with outside(dsn) as holder, outside(dsn) as looker:
+        await holder.execute("BEGIN; LOCK TABLE ktrdr.ledger_segments IN ACCESS EXCLUSIVE MODE")
+        task = asyncio.create_task(worker.resume("op", bars=market(), strategy=Held(Gate())))
+
+        async def loading() -> bool:
+            return bool(await looker.fetchval("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+
+        await until(loading, "the load waits")
+        for _ in range(times):
+            task.cancel()
+            await asyncio.sleep(0)
+        await asyncio.wait({task})
+        await holder.execute("ROLLBACK")
     assert task.cancelled()
     assert standing(await worker.operations.get("op")) == SAVED
     await nothing_left(worker, dsn, before)
@@ -198,7 +224,7 @@ async def test_an_anyio_task_group_that_fails_beside_several(worker: BacktestWor
 async def test_a_failed_save_is_a_note_and_never_what_is_raised(
     worker: BacktestWorker, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "FINAL_SAVE_SECONDS", 1.0)
+    monkeypatch.setattr(endings, "FINAL_SAVE_SECONDS", 1.0)
     before = asyncio.all_tasks()
     task = await begun(worker)
     handle = worker.handle("op")
@@ -225,7 +251,7 @@ async def test_a_failed_save_is_a_note_and_never_what_is_raised(
 async def test_a_timeout_with_a_failed_save_is_still_a_timeout(
     worker: BacktestWorker, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "FINAL_SAVE_SECONDS", 0.5)
+    monkeypatch.setattr(endings, "FINAL_SAVE_SECONDS", 0.5)
     gate = Gate(345)
     async with outside(dsn) as holder:
         with pytest.raises(TimeoutError):  # noqa: PT012 - what the block itself raises is the point
@@ -243,7 +269,7 @@ async def test_a_timeout_with_a_failed_save_is_still_a_timeout(
 async def test_an_end_that_was_not_written_is_written_when_the_database_answers(
     worker: BacktestWorker, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "FINAL_SAVE_SECONDS", 0.5)
+    monkeypatch.setattr(endings, "FINAL_SAVE_SECONDS", 0.5)
     task = await begun(worker, policy=EVERY_BLOCK)
     async with row_held(dsn, "op"):
         task.cancel()
@@ -261,7 +287,7 @@ async def test_an_end_that_was_not_written_is_written_when_the_database_answers(
 async def test_a_stopped_server_ends_within_the_deadline(
     worker: BacktestWorker, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "FINAL_SAVE_SECONDS", 2.0)
+    monkeypatch.setattr(endings, "FINAL_SAVE_SECONDS", 2.0)
     task = await begun(worker)
     async with outside(dsn) as looker:
         found = await looker.fetch(
@@ -292,7 +318,7 @@ async def test_a_stopped_server_ends_within_the_deadline(
 async def test_one_stopped_connection_does_not_lose_the_save(
     worker: BacktestWorker, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "FINAL_SAVE_SECONDS", 3.0)
+    monkeypatch.setattr(endings, "FINAL_SAVE_SECONDS", 3.0)
     task = await begun(worker)
     reserved = worker.database._reserved[0]._held
     assert reserved is not None

@@ -56,7 +56,12 @@ async def test_one_operation_computes_per_iteration() -> None:
         turn.leave()
 
     counting = asyncio.create_task(count())
-    await asyncio.gather(*(operation(name) for name in "abcde"))
+    first = turns.turn()
+    await first.enter()
+    operations = [asyncio.create_task(operation(name)) for name in "abcde"]
+    await iterate()  # all of them wait
+    first.leave()
+    await asyncio.gather(*operations)
     running = False
     await counting
     at = [when for when, _ in order]

@@ -44,9 +44,9 @@ def cancel(
     status = row.status.value
     if status != "cancelled":
         came_first = f"operation {row.operation_id} is {status}: there is nothing to cancel"
-        return context.fail(Failure("invalid_transition", came_first), described(row))
+        return context.fail(Failure("invalid_transition", came_first), described(row, where.dsn))
     if context.output.json:
-        context.output.emit(described(row))
+        context.output.emit(described(row, where.dsn))
     bar = row.checkpoint_bar
     context.output.note(
         f"{row.operation_id} is cancelled; "

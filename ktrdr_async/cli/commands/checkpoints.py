@@ -45,7 +45,7 @@ def list_checkpoints(
     if context.output.json:
         from ktrdr_async.cli.described import described
 
-        context.output.emit({"operations": [described(row) for row in rows]})
+        context.output.emit({"operations": [described(row, where.dsn) for row in rows]})
         return 0
     from ktrdr_async.cli.tables import moment, print_table
 
@@ -103,7 +103,7 @@ def show_checkpoint(
     if context.output.json:
         from ktrdr_async.cli.described import described
 
-        context.output.emit(described(row) | {"state": facts})
+        context.output.emit(described(row, where.dsn) | {"state": facts})
         return 0
     from ktrdr_async.cli.tables import print_digest, print_pairs
 
@@ -171,7 +171,7 @@ def delete_checkpoint(
     if context.output.json:
         from ktrdr_async.cli.described import described
 
-        context.output.emit(described(row))
+        context.output.emit(described(row, where.dsn))
     context.output.note(f"the checkpoint of {row.operation_id} is deleted")
     return 0
 

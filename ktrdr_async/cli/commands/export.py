@@ -50,7 +50,7 @@ def export(
     if context.output.json:
         from ktrdr_async.cli.described import described
 
-        context.output.emit(described(row) | {"files": files})
+        context.output.emit(described(row, where.dsn) | {"files": files})
     else:
         for file in files:
             context.output.line(file)

@@ -45,7 +45,7 @@ def list_operations(
     if context.output.json:
         from ktrdr_async.cli.described import described
 
-        context.output.emit({"operations": [described(row) for row in rows]})
+        context.output.emit({"operations": [described(row, where.dsn) for row in rows]})
     elif rows:
         from ktrdr_async.cli.tables import print_operations
 
@@ -76,7 +76,7 @@ def show(
     from ktrdr_async.cli.described import described, print_operation
 
     if context.output.json:
-        context.output.emit(described(row))
+        context.output.emit(described(row, where.dsn))
     else:
-        print_operation(context.output, row)
+        print_operation(context.output, row, where.dsn)
     return 0

@@ -1,0 +1,93 @@
+"""What is stored of an operation, as people see it: its progress, and its results made whole again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ktrdr_async.backtesting.checkpoint_builder import recorded_values
+from ktrdr_async.backtesting.portfolio import equity_curve
+from ktrdr_async.backtesting.request import BacktestRequest
+from ktrdr_async.backtesting.results import BacktestResults, Outcome
+from ktrdr_async.checkpoint.service import CheckpointService
+from ktrdr_async.errors import (
+    CancellationError,
+    CheckpointMismatchError,
+    InvalidTransitionError,
+    OperationFailedError,
+)
+from ktrdr_async.operations.lifecycle import Status
+from ktrdr_async.supervision.endings import resume_hint
+from ktrdr_async.supervision.jobs import narrowed, read_bars
+from ktrdr_async.supervision.mailbox import Progress
+from ktrdr_async.supervision.shielding import in_thread
+
+if TYPE_CHECKING:
+    from ktrdr_async.market import Bars
+    from ktrdr_async.operations.lifecycle import Operation
+    from ktrdr_async.storage.database import Database
+    from ktrdr_async.supervision.jobs import Permissions
+
+
+def progress_of(row: Operation) -> Progress:
+    """What a stored operation tells of its progress."""
+    stored = (
+        msgspec.convert(row.progress, Progress) if row.progress else Progress(operation_id=row.operation_id, status="")
+    )
+    return msgspec.structs.replace(
+        stored, status=row.status.value, checkpoint_bar=row.checkpoint_bar, paused=row.paused
+    )
+
+
+async def rebuild(database: Database, row: Operation, bars: Bars | None, permissions: Permissions) -> BacktestResults:
+    """A completed operation's results, from its row, its ledger and its bars."""
+    if row.status is Status.FAILED:
+        error = row.error or {}
+        raise OperationFailedError(
+            row.operation_id, f"{row.operation_id} failed: {error.get('type')}: {error.get('message')}"
+        )
+    if row.status in (Status.CANCELLED, Status.INTERRUPTED):
+        raise CancellationError(
+            row.operation_id,
+            f"{row.operation_id} is {row.status.value}",
+            hint=resume_hint(row.operation_id),
+        )
+    if row.status is not Status.COMPLETED or row.result is None:
+        raise InvalidTransitionError(
+            row.operation_id, f"{row.operation_id} is {row.status.value}: it has no result yet"
+        )
+    outcome = msgspec.convert(row.result, Outcome)
+    request = BacktestRequest.from_dict(row.request)
+    loaded = await CheckpointService(database, None).load_ledger(row.operation_id)
+    if bars is not None:
+        given = bars
+        found = await in_thread(lambda: narrowed(given, request))
+    else:
+        found = await read_bars(request, permissions)
+
+    def build() -> BacktestResults:
+        now = found.fingerprint()
+        if now != outcome.fingerprint:
+            raise CheckpointMismatchError(
+                row.operation_id,
+                f"the data of {row.operation_id} have changed since it ran",
+                differences={"bars": (outcome.fingerprint, now)},
+                hint="hand over the data that it ran on",
+            )
+        equity = equity_curve(loaded.ledger, found.close, request.initial_capital, request.lot_size)
+        results = BacktestResults(
+            request=request,
+            bars=found,
+            strategy=outcome.strategy,
+            ledger=tuple(loaded.ledger),
+            recorded=tuple(recorded_values(loaded.recorded, row.operation_id)),
+            counters=outcome.counters,
+            unfilled=tuple(outcome.unfilled),
+            equity=equity,
+            run=outcome.run,
+        )
+        _ = results.digest, results.metrics
+        return results
+
+    return await in_thread(build)

@@ -143,7 +143,7 @@ class Cli:
             "cwd": self.directory,
         } | options
         command = [sys.executable, "-m", "ktrdr_async", *arguments]
-        return subprocess.Popen(command, text=True, env=self.environment | extra, **given)
+        return subprocess.Popen(command, text=True, env=self.environment | dict(extra), **given)
 
     def run(self, *arguments: str, env: Mapping[str, str] | None = None, **options: Any) -> Ran:
         """Runs a command to its end. No traceback but a strategy's own is ever right."""

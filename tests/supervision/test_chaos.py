@@ -22,8 +22,8 @@ PASSING = (kt.CancellationError, kt.AlreadyClaimedError, kt.DatabaseError, kt.Sa
 class Chaos:
     """Operations that are gone on with until they are completed, and somebody who does all he can against it."""
 
-    def __init__(self, workers: list[BacktestWorker], dsn: str, seed: int, operations: int) -> None:
-        self.workers, self.dsn = workers, dsn
+    def __init__(self, workers: list[BacktestWorker], dsn: str, seed: int, operations: int, bars: kt.Bars) -> None:
+        self.workers, self.dsn, self.bars = workers, dsn, bars
         self.chance = random.Random(seed)
         self.names = [f"op{number}" for number in range(operations)]
         self.callers: dict[str, asyncio.Task[Any]] = {}
@@ -34,7 +34,7 @@ class Chaos:
         """Runs an operation, as often as it takes."""
         while name not in self.digests:
             worker = self.chance.choice(self.workers)
-            run = worker.run(REQUEST, name, bars=market(), strategy=Counter(), policy=EVERY_BLOCK, throttle=3_000)
+            run = worker.run(REQUEST, name, bars=self.bars, strategy=Counter(), policy=EVERY_BLOCK, throttle=3_000)
             caller = self.callers[name] = asyncio.create_task(run)
             await asyncio.wait({caller})
             if caller.cancelled():
@@ -99,12 +99,13 @@ class Chaos:
                 self._count("a checkpoint that wasn't")
 
 
-async def survived(dsn: str, seed: int, operations: int, seconds: float) -> dict[str, int]:
+async def survived(dsn: str, seed: int, operations: int, seconds: float, length: int) -> dict[str, int]:
     """All of it completes with the digest of a run that nothing disturbed, and leaves nothing behind."""
-    clean = await digest_of(Counter, "counter")
+    bars = market(f"synthetic:?bars={length}&seed=7&timeframe=1h")
+    clean = await digest_of(Counter, f"counter{length}", bars)
     async with BacktestWorker.open(dsn) as worker, BacktestWorker.open(dsn) as second:
         before = asyncio.all_tasks()
-        chaos = Chaos([worker, second], dsn, seed, operations)
+        chaos = Chaos([worker, second], dsn, seed, operations, bars)
         running = [asyncio.create_task(chaos.complete(name)) for name in chaos.names]
         await chaos.disturb(seconds)
         await asyncio.gather(*running)
@@ -113,19 +114,19 @@ async def survived(dsn: str, seed: int, operations: int, seconds: float) -> dict
         await nothing_left(second, dsn, before)
     async with BacktestWorker.open(dsn) as looker:
         for name in chaos.names:
-            results = await looker.results(name, bars=market())
+            results = await looker.results(name, bars=bars)
             assert results.digest == clean
         assert whole(looker)
     return chaos.counts
 
 
 async def test_nothing_of_what_people_and_servers_do_changes_a_result(dsn: str) -> None:
-    await survived(dsn, seed=1, operations=8, seconds=4.0)
+    await survived(dsn, seed=1, operations=8, seconds=5.0, length=5_000)
 
 
 @pytest.mark.campaign
 @pytest.mark.timeout(1_800)
 @pytest.mark.parametrize("seed", range(10, 30))
 async def test_campaign_of_chaos(dsn: str, seed: int) -> None:
-    counts = await survived(dsn, seed, operations=15, seconds=10.0)
+    counts = await survived(dsn, seed, operations=15, seconds=20.0, length=30_000)
     print(f"seed {seed}: {counts}")

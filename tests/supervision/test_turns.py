@@ -285,6 +285,24 @@ async def test_a_cancelled_offload_waits_for_its_thread_and_does_not_work_twice(
     assert turns._holder is None
 
 
+def test_a_torn_down_loop_does_not_have_the_work_done_twice() -> None:
+    go_on, calls = threading.Event(), []
+
+    def work() -> None:
+        calls.append(1)
+        assert go_on.wait(20)
+
+    async def main() -> None:
+        keep.append(asyncio.create_task(Turns().turn().offload(work)))
+        await iterate(3)
+        asyncio.get_running_loop().call_later(0.05, go_on.set)  # by then the teardown waits for the thread
+
+    keep: list[asyncio.Task[None]] = []
+    asyncio.run(main())
+    assert calls == [1]
+    assert keep[0].cancelled()
+
+
 async def test_a_callback_that_raises_does_not_keep_the_loops_token() -> None:
     """The original's shape of it: the generator stayed open as long as its error was looked at."""
     kept: list[BaseException] = []

@@ -112,6 +112,15 @@ def build_closing_state(engine: BacktestingEngine, since: Since) -> BacktestChec
     return state
 
 
+def build_final_state(engine: BacktestingEngine) -> BacktestCheckpointState:
+    """The last boundary's state, its growing fields empty: what an extension goes on from, with the stored ledger."""
+    boundary = engine.boundary
+    samples = boundary.bar_index // DEFAULT_EQUITY_SAMPLE_INTERVAL + 1
+    since = Since(boundary.events, samples, boundary.recorded)
+    timestamp = int(engine.bars.timestamps[boundary.bar_index])
+    return build_backtest_checkpoint_state(engine, boundary.bar_index, timestamp, since=since)
+
+
 def counters_of(book: ex.Book) -> Counters:
     """The counts that the ledger doesn't tell."""
     tally = book.tally

@@ -13,7 +13,7 @@ from ktrdr_async.backtesting.checkpoint_builder import counters_of, recorded_val
 from ktrdr_async.backtesting.decisions import Decided, checked_features, checked_targets
 from ktrdr_async.backtesting.hooks import Hooks
 from ktrdr_async.backtesting.portfolio import AccountView, Boundary, Portfolio, Recorded, equity_curve
-from ktrdr_async.backtesting.provenance import check_past, identity_of
+from ktrdr_async.backtesting.provenance import Accept, check_past, identity_of, nothing
 from ktrdr_async.backtesting.results import BacktestResults, Unfilled
 from ktrdr_async.backtesting.turn import NoTurn, Turn
 from ktrdr_async.errors import CheckpointCorruptedError, OrderError, StrategyError
@@ -79,6 +79,7 @@ class BacktestingEngine:
         object.__setattr__(strategy, "_initial_state", self._initial_state)
         self.failed_bar: int | None = None  # the bar at which the strategy raised
         self.resumed_from: int | None = None
+        self.accepted: list[str] = []  # how the checkpoint that it went on from differs, in words
         self._turn: Turn = turn or NoTurn()
         self._block_bars = block_bars
         self._k = len(bars.symbols)
@@ -119,11 +120,14 @@ class BacktestingEngine:
         """What `prepare` or the targets gave, and its digest up to a bar."""
         return self._decided
 
-    async def run(self, resume_from: BacktestCheckpointState | None = None) -> AsyncGenerator[Block, None]:
+    async def run(
+        self, resume_from: BacktestCheckpointState | None = None, *, accept: Accept = nothing
+    ) -> AsyncGenerator[Block, None]:
         """Computes, and yields a `Block` at each boundary; after the last one comes the closing step.
 
         Args:
             resume_from: a whole checkpoint state to go on from.
+            accept: which fields of its manifest may differ; `accepted` lists the ones that did.
 
         Raises:
             CheckpointMismatchError: if the state was made from other data, code or numbers.
@@ -140,7 +144,7 @@ class BacktestingEngine:
         await self._turn.enter()
         try:
             await self._prepare()
-            first = 0 if resume_from is None else await self._restore(resume_from)
+            first = 0 if resume_from is None else await self._restore(resume_from, accept)
             n, size = len(self.bars), self._block_bars
             while first < n:
                 stop = min(n, (first // size + 1) * size)
@@ -208,12 +212,12 @@ class BacktestingEngine:
             self._bar = Bar(bars, features, self.request.seed, AccountView(self._portfolio, bars.symbols))
             object.__setattr__(strategy, "_bar", self._bar)
 
-    async def _restore(self, state: BacktestCheckpointState) -> int:
+    async def _restore(self, state: BacktestCheckpointState, accept: Accept = nothing) -> int:
         operation = "the checkpoint"
         recorded: list[Recorded] = recorded_values(state.recorded, operation)
 
         def restore() -> None:
-            check_past(self, state, operation)
+            self.accepted = check_past(self, state, operation, accept)
             self._portfolio.restore(state, recorded, operation)
             upto = state.bar_index + 1
             self._equity[:upto] = equity_curve(
@@ -228,7 +232,7 @@ class BacktestingEngine:
                 operation, f"the strategy's state doesn't fit {self._state_type}: {error}"
             ) from error
         self._boundary = self._portfolio.boundary(state.bar_index, state.strategy_state)
-        if self._portfolio.state_digest(self._boundary) != state.state_digest:
+        if not self.accepted and self._portfolio.state_digest(self._boundary) != state.state_digest:
             raise CheckpointCorruptedError(
                 operation, f"the state at bar {state.bar_index} has another digest than was stored"
             )

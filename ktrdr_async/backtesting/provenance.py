@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -81,8 +82,23 @@ def manifest_of(engine: BacktestingEngine, upto: int) -> Manifest:
     )
 
 
-def check_past(engine: BacktestingEngine, state: BacktestCheckpointState, operation: str) -> None:
-    """Refuses a checkpoint that this engine can't go on from.
+Accept = Callable[[str], bool]  # whether a manifest's field may differ
+
+
+def nothing(_field: str) -> bool:
+    """Accepts no difference."""
+    return False
+
+
+def anything(_field: str) -> bool:
+    """Accepts every difference."""
+    return True
+
+
+def check_past(
+    engine: BacktestingEngine, state: BacktestCheckpointState, operation: str, accept: Accept = nothing
+) -> list[str]:
+    """Refuses a checkpoint that this engine can't go on from. Returns the differences that were accepted, in words.
 
     Raises:
         SchemaVersionError: if newer code wrote it.
@@ -114,11 +130,13 @@ def check_past(engine: BacktestingEngine, state: BacktestCheckpointState, operat
             operation, "the checkpoint has no manifest", differences={"manifest": ("none", "needed")}
         )
     found = state.manifest.differences(manifest_of(engine, state.bar_index))
-    if found:
-        lines = "; ".join(f"{name}: stored {before}, now {now}" for name, (before, now) in found.items())
+    refused = {name: both for name, both in found.items() if not accept(name)}
+    if refused:
+        lines = "; ".join(f"{name}: stored {before}, now {now}" for name, (before, now) in refused.items())
         raise CheckpointMismatchError(
             operation,
             f"the checkpoint at bar {state.bar_index} was made from something else: {lines}",
-            differences=found,
+            differences=refused,
             hint="go on with the same data, code and environment, or start a new operation",
         )
+    return [f"bar {state.bar_index}: {name}: stored {before}, now {now}" for name, (before, now) in found.items()]

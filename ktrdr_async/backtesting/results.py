@@ -18,9 +18,10 @@ from ktrdr_async.backtesting import metrics as figures
 from ktrdr_async.backtesting.execution import notional
 from ktrdr_async.backtesting.ledger import LedgerDigest, LedgerEvent, PriceRange, Trade, trades_of
 from ktrdr_async.backtesting.provenance import StrategyIdentity
-from ktrdr_async.checkpoint.schemas import Counters
+from ktrdr_async.checkpoint.schemas import BacktestCheckpointState, Counters
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -69,6 +70,8 @@ class Outcome(msgspec.Struct, kw_only=True):
     open_positions: list[str] = []
     warnings: list[str] = []
     run: RunStatistics = msgspec.field(default_factory=RunStatistics)
+    accepted_mismatches: list[str] = []  # differences under which somebody let it go on
+    final_state: BacktestCheckpointState | None = None  # before the closing step, its growing fields empty; to extend
 
 
 class BacktestResults:
@@ -79,6 +82,7 @@ class BacktestResults:
         ledger: every event.
         recorded_values: each (bar, name, value) of `bar.record`.
         run: how the run went; not part of the digest.
+        accepted_mismatches: differences of data, code or numbers under which somebody let the run go on.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class BacktestResults:
         unfilled: tuple[Unfilled, ...],
         equity: NDArray[np.float64],
         run: RunStatistics | None = None,
+        accepted_mismatches: Sequence[str] = (),
     ) -> None:
         self.request = request
         self.bars = bars
@@ -104,6 +109,7 @@ class BacktestResults:
         self.equity = equity
         self.equity.flags.writeable = False
         self.run = run or RunStatistics()
+        self.accepted_mismatches = tuple(accepted_mismatches)
 
     @property
     def final_equity(self) -> float:
@@ -382,6 +388,7 @@ class BacktestResults:
             open_positions=list(self.open_positions),
             warnings=self.warnings,
             run=self.run,
+            accepted_mismatches=list(self.accepted_mismatches),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -82,6 +82,7 @@ def warnings_of(results: BacktestResults) -> list[str]:
         )
     if results.open_positions:
         found.append(f"left open: {', '.join(f'{q:g} {s}' for s, q in results.open_positions.items())}")
+    found += [f"went on in spite of a difference: {accepted}" for accepted in results.accepted_mismatches]
     return found + m.notes
 
 

@@ -108,6 +108,7 @@ class BacktestCheckpointState(msgspec.Struct, kw_only=True):
     counters: Counters = Counters()
     manifest: Manifest | None = None
     resumed_from: list[int] = []  # bars of the checkpoints that the run went on from so far; no part of the state
+    accepted_mismatches: list[str] = []  # differences under which somebody let it go on, in words; never forgotten
     state_digest: str = ""  # hex SHA-256 of the state at this bar, whatever was saved before it
 
     def to_dict(self) -> dict[str, Any]:

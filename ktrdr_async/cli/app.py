@@ -52,6 +52,7 @@ def run(tokens: Sequence[str], signals: Signals) -> int:
         code = context.interrupted(str(error))
     except Exception as error:
         code = context.fail(failure_of(error))
+    signals.finish()
     if context.output.failed_write is not None:
         reason = context.output.failed_write.strerror
         context.output.error(f"the result couldn't be written to standard output: {reason}")

@@ -35,6 +35,7 @@ class Context:
         self.signals = signals
         self._secrets = Secrets([*tokens, os.environ.get(DATABASE_VARIABLE, "")])
         self.output = Output(json=wants_json(tokens), secrets=self._secrets)
+        self.output.last_word = signals.finish
         signals.result = self.output.descriptor
         logger = logging.getLogger()
         logger.addHandler(NoteHandler(self.output))
@@ -63,6 +64,7 @@ class Context:
 
             with self.signals.on_this_loop(stop):
                 await asyncio.wait({task})
+                self.signals.settled = True
             if task.cancelled():
                 raise Interrupted(f"{self.signals.name}: ended")
             return task.result()
@@ -87,6 +89,7 @@ class Context:
 
         if sys.stdin is None or not sys.stdin.isatty() or sys.stderr is None or not sys.stderr.isatty():
             return True
+        self.signals.settled = False
         sys.stderr.write(f"{question} [y/N] ")
         sys.stderr.flush()
         return sys.stdin.readline().strip().lower() in ("y", "yes")

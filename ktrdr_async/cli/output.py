@@ -96,6 +96,7 @@ class Output:
         self._above: Callable[[str], None] | None = None  # prints above a progress bar
         self.failed_write: OSError | None = None
         self.descriptor = 1  # of the result's stream
+        self.last_word: Callable[[], None] = lambda: None  # called before the one object of `--json` is printed
         for stream in (sys.stdout, sys.stderr):
             if stream is not None and hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
@@ -148,6 +149,7 @@ class Output:
 
     def emit(self, tree: Mapping[str, Any]) -> None:
         """The one object of `--json`."""
+        self.last_word()
         self._write(self._result, one_line(tree) + "\n")
 
     def line(self, text: str = "") -> None:

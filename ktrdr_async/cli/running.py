@@ -118,6 +118,7 @@ class Runner:
             await asyncio.wait(leaving)
         if shown is not None:
             await asyncio.wait({shown})
+        signals.react = lambda _: output.note("finishing ...")
         return await self._ended(worker, operation_id, handle, task)
 
     async def _show(self, handle: OperationHandle, task: asyncio.Future[Any]) -> None:
@@ -214,9 +215,7 @@ class Runner:
         return ended
 
     async def _export(self, ended: Ended, results: BacktestResults) -> None:
-        """Writes the files that were asked for; a signal meanwhile has nothing to stop any more."""
-        signals = self.context.signals
-        signals.react = lambda _: self.context.output.note("the run is completed; finishing ...")
+        """Writes the files that were asked for."""
         if self.pace.output is None:
             return
         directory = self.pace.output

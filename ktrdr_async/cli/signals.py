@@ -1,7 +1,7 @@
 """SIGINT, SIGTERM and SIGHUP: one handler from the first line to the last, so that no signal falls between two of them.
 
 Before the loop there is nothing to lose, and a signal ends the process. In the loop a signal is handed to whatever the
-command does at that moment. After it, what happened is being printed, and signals are noted only.
+command does at that moment. Once it is settled what came of it, signals change nothing any more.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Signals:
         first: the first signal, which decides the exit code; None: none came.
         count: how many came.
         react: called on the loop with each signal's number.
+        settled: what came of the command is decided, and only remains to be told.
         result: descriptor of the stream that the one object of `--json` goes to.
     """
 
@@ -43,11 +44,12 @@ class Signals:
         self.first: int | None = None
         self.count = 0
         self.react: React | None = None
+        self.settled = False
         self.result = 1
         self._wants_json = wants_json(tokens)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._told = 0
-        self._over = False
+        self._taken: list[signal.Signals] = []
 
     @property
     def exit_code(self) -> int:
@@ -61,11 +63,19 @@ class Signals:
 
     def install(self) -> None:
         """Takes the signals over, SIGINT also where a shell's background job inherited it as ignored or blocked."""
-        taken = [number for number in NAMES if NAMES[number] != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN]
-        for number in taken:
+        self._taken = [
+            number for number in NAMES if NAMES[number] != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN
+        ]
+        for number in self._taken:
             signal.signal(number, self._arrived)
         if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._taken)
+
+    def finish(self) -> None:
+        """The last word is being said: nothing cuts it off, nor the interpreter's end, which takes handlers away."""
+        self.settled = True
+        for number in self._taken:
+            signal.signal(number, signal.SIG_IGN)
 
     @contextmanager
     def on_this_loop(self, react: React) -> Iterator[None]:
@@ -80,11 +90,11 @@ class Signals:
         writer.setblocking(False)
         loop.add_reader(reader, lambda: reader.recv(4096))
         before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        self.react, self._loop = react, loop
+        self.react, self._loop, self.settled = react, loop, False
         try:
             yield
         finally:
-            self._over, self._loop = True, None
+            self._loop = None
             signal.set_wakeup_fd(before)
             loop.remove_reader(reader)
             reader.close()
@@ -94,12 +104,14 @@ class Signals:
         self.count += 1
         if self.first is None:
             self.first = number
+        if self.settled:
+            return
         if self._loop is not None:
             if self.count - self._told > 2:  # the loop stands still: code of a strategy doesn't give way
                 kill = f"`kill -9 {os.getpid()}` ends it, and the last checkpoint stands"
                 _write(2, f"the process is busy and can't save now; {kill}\n")
             self._loop.call_soon_threadsafe(self._tell, number)
-        elif not self._over:
+        else:
             self._leave(number)
 
     def _tell(self, number: int) -> None:

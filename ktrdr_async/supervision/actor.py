@@ -16,9 +16,16 @@ from ktrdr_async.backtesting.request import BacktestRequest
 from ktrdr_async.backtesting.results import BacktestResults, RunStatistics
 from ktrdr_async.checkpoint.policy import CheckpointPolicy
 from ktrdr_async.checkpoint.service import CheckpointService
-from ktrdr_async.errors import AlreadyClaimedError, CancellationError, InvalidTransitionError
+from ktrdr_async.errors import (
+    AlreadyClaimedError,
+    CancellationError,
+    InvalidTransitionError,
+    KtrdrError,
+    OwnershipLostError,
+    StrategyError,
+)
 from ktrdr_async.operations.lifecycle import Claim, Operation, Status
-from ktrdr_async.supervision.endings import SETTLED, End, Endings
+from ktrdr_async.supervision.endings import SETTLED, End, Endings, resume_hint
 from ktrdr_async.supervision.heart import Running
 from ktrdr_async.supervision.jobs import Job, Permissions, resolve
 from ktrdr_async.supervision.mailbox import Ending, Mailbox, Progress
@@ -90,8 +97,16 @@ class Actor:
         if error is not None and not isinstance(error, CancellationError):
             logger.info("%s ended: %s: %s", self.operation_id, type(error).__name__, error)
 
-    def _cancellation(self) -> CancellationError:
-        error = CancellationError(self.operation_id, f"{self.operation_id}: its task was cancelled")
+    def _cancellation(self) -> KtrdrError:
+        named, why = self.operation_id, self.mailbox.ending
+        error: KtrdrError
+        if why is Ending.LOST:
+            error = OwnershipLostError(named, f"{named}: a newer owner holds it; nothing was written")
+        elif why is not None:
+            reason = "shut down with its worker" if why is Ending.SHUTDOWN else "cancelled on request"
+            error = CancellationError(named, f"{named} was {reason}", hint=resume_hint(named))
+        else:
+            error = CancellationError(named, f"{named}: its task was cancelled", hint=resume_hint(named))
         for note in self._notes:
             error.add_note(note)
         return error
@@ -126,6 +141,8 @@ class Actor:
         ended = Status.COMPLETED
         if self.task.cancelled() or isinstance(self.task.exception(), CancellationError):
             ended = self._status_of_cancel()
+        elif isinstance(self.task.exception(), OwnershipLostError | AlreadyClaimedError):
+            ended = Status.RUNNING  # elsewhere
         elif self.task.exception() is not None:
             ended = Status.FAILED
         return msgspec.structs.replace(now, status=ended.value)
@@ -138,6 +155,8 @@ class Actor:
     async def _live(self) -> BacktestResults:
         try:
             return await self._run()
+        except SystemExit as error:  # of a strategy's module or thread; it would end the service's loop
+            raise StrategyError(f"the strategy's code ended its process: {error!r}") from error
         except BaseException as error:
             self._notes = list(getattr(error, "__notes__", []))
             raise

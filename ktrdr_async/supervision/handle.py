@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
+
+from ktrdr_async.errors import OperationNotFoundError
 
 if TYPE_CHECKING:
     from ktrdr_async.backtesting.results import BacktestResults
@@ -56,7 +59,8 @@ class OperationHandle:
 
     async def cancel(self) -> None:
         """Asks it to end and waits until its checkpoint is durable. :raises Exception: if that save failed."""
-        await self._worker.cancel(self.operation_id)
+        with contextlib.suppress(OperationNotFoundError):  # it ended before anything was stored of it
+            await self._worker.cancel(self.operation_id)
 
     async def checkpoint(self) -> int:
         """Asks for a checkpoint at the next boundary; its bar, once it is durable."""

@@ -142,6 +142,9 @@ class Supervisor:
                 raise
             await self._end_failed(failed := _cancelled_itself())
             raise failed from error
+        except SystemExit as error:  # would end the service's loop, and every other operation with it
+            await self._end_failed(failed := StrategyError(f"the strategy's code ended its process: {error!r}"))
+            raise failed from error
         except (CheckpointMismatchError, CheckpointCorruptedError) as error:
             await self._hand_back(error)
             raise

@@ -17,9 +17,10 @@ from ktrdr_async.backtesting.results import BacktestResults
 from ktrdr_async.errors import (
     InvalidTransitionError,
     OperationConflictError,
+    ParameterError,
 )
 from ktrdr_async.operations.lifecycle import Operation, Owner, Status, is_alive
-from ktrdr_async.operations.service import OperationsService
+from ktrdr_async.operations.service import OperationsService, validated_id
 from ktrdr_async.storage.database import Database
 from ktrdr_async.supervision.actor import Actor, Plan
 from ktrdr_async.supervision.debts import Debts
@@ -108,8 +109,14 @@ class BacktestWorker:
             transient: errors of a strategy that count as transient.
 
         Raises:
+            ParameterError: if a number is out of its range.
             DatabaseError: if the database can't be used.
         """
+        if max_operations < 1 or max_restarts < 0 or not shutdown_seconds > 0 or not 0 < loop_share <= 1:
+            raise ParameterError(
+                f"max_operations is {max_operations} (1 or more), max_restarts {max_restarts} (0 or more), "
+                f"shutdown_seconds {shutdown_seconds} (above 0), loop_share {loop_share} (above 0, at most 1)"
+            )
         async with Database.open(dsn, pool=pool, schema=schema, migrate=migrate) as database:
             worker = cls(
                 database,
@@ -168,9 +175,10 @@ class BacktestWorker:
             cwd: look for the strategy's module in the current directory too.
 
         Raises:
+            InputError: if the id isn't one, or the throttle isn't above 0.
             OperationConflictError: if this worker runs another request under the id.
         """
-        name = operation_id or secrets.token_hex(8)
+        name = secrets.token_hex(8) if operation_id is None else validated_id(operation_id)
         present = self._actors.get(name)
         if present is not None and not present.task.done():
             if present.plan.request is not None and present.plan.request != request:
@@ -267,6 +275,8 @@ class BacktestWorker:
     def _spawn(self, operation_id: str, plan: Plan) -> Actor:
         if self._closing:
             raise InvalidTransitionError(operation_id, f"{operation_id} can't start: its worker is leaving")
+        if plan.throttle is not None and not plan.throttle > 0:
+            raise ParameterError(f"throttle is {plan.throttle}; it must be above 0 bars a second")
         actor = Actor(self, operation_id, plan, self._turns.turn())
         self._actors[operation_id] = actor
         actor.task.add_done_callback(lambda _: self._forget(actor))

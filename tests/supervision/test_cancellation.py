@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -338,67 +336,3 @@ async def test_one_stopped_connection_does_not_lose_the_save(
             os.kill(pid, signal.SIGCONT)
     assert task.cancelled()
     await resumed(worker)
-
-
-def in_a_loop_of_its_own(main: Callable[[], Any]) -> BaseException | None:
-    """Runs `asyncio.run(main())` in a thread to its very end; what it raised."""
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            asyncio.run(main())
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join(60)
-    assert not thread.is_alive()
-    return raised[0] if raised else None
-
-
-@pytest.mark.parametrize("kept", [True, False], ids=["referenced", "collected"])
-@pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
-async def test_a_loop_that_is_torn_down_under_its_runs(dsn: str, fails: bool, kept: bool) -> None:
-    keep: list[Any] = []
-
-    async def main() -> None:
-        opened = BacktestWorker.open(dsn)
-        if kept:
-            keep.append(opened)
-        worker = await opened.__aenter__()  # and never left
-        for number in range(5):
-            gate = Gate(345)
-            policy = EVERY_BLOCK if number % 2 else NEVER
-            worker.start(REQUEST, f"op{number}", bars=market(), strategy=Held(gate), policy=policy)
-            await gate.reached.wait()
-        if fails:
-            raise RuntimeError("main failed")
-
-    raised = await anyio.to_thread.run_sync(in_a_loop_of_its_own, main)
-    assert type(raised) is (RuntimeError if fails else type(None))
-    async with BacktestWorker.open(dsn) as worker:
-        for number in range(5):
-            status, _, bar = standing(await worker.operations.get(f"op{number}"))
-            assert (status, bar) in (("cancelled", 299), ("interrupted", 299))
-            await resumed(worker, f"op{number}")
-
-
-async def test_main_is_cancelled_under_its_runs(dsn: str) -> None:
-    async def main() -> None:
-        async with BacktestWorker.open(dsn) as worker:
-            gates = [Gate(345) for _ in range(3)]
-            for number, gate in enumerate(gates):
-                worker.start(REQUEST, f"op{number}", bars=market(), strategy=Held(gate), policy=NEVER)
-                await gate.reached.wait()
-            me = asyncio.current_task()
-            assert me is not None
-            for _ in range(3):
-                asyncio.get_running_loop().call_soon(me.cancel)
-            await asyncio.sleep(60)
-
-    assert isinstance(await anyio.to_thread.run_sync(in_a_loop_of_its_own, main), asyncio.CancelledError)
-    async with BacktestWorker.open(dsn) as worker:
-        for number in range(3):
-            assert standing(await worker.operations.get(f"op{number}")) == ("interrupted", "shutdown", 299)
-            await resumed(worker, f"op{number}")

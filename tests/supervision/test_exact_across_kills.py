@@ -118,15 +118,16 @@ async def test_campaign_of_server_kills(home: Path, tmp_path: Path) -> None:
 
 
 class CancelAt(kt.CheckpointPolicy):
-    """Cancels the operation's task at one yield."""
+    """Cancels the operation's task once, at a yield or the first one after it."""
 
     def __init__(self, bar: int) -> None:
         super().__init__(10**9, time_interval_seconds=1e9)
-        self.bar = bar
+        self.bar, self.done = bar, False
 
     def should_checkpoint(self, bar_index: int, force: bool = False) -> bool:
         task = asyncio.current_task()
-        if bar_index == self.bar and task is not None:
+        if bar_index >= self.bar and task is not None and not self.done:
+            self.done = True
             task.cancel()
         return super().should_checkpoint(bar_index, force)
 

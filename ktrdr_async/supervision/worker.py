@@ -15,6 +15,7 @@ import anyio
 from ktrdr_async.backtesting.request import BacktestRequest
 from ktrdr_async.backtesting.results import BacktestResults
 from ktrdr_async.errors import (
+    InputError,
     InvalidTransitionError,
     OperationConflictError,
     ParameterError,
@@ -109,13 +110,18 @@ class BacktestWorker:
             transient: errors of a strategy that count as transient.
 
         Raises:
-            ParameterError: if a number is out of its range.
+            InputError: if a number is out of its range, or the pool too small.
             DatabaseError: if the database can't be used.
         """
         if max_operations < 1 or max_restarts < 0 or not shutdown_seconds > 0 or not 0 < loop_share <= 1:
             raise ParameterError(
                 f"max_operations is {max_operations} (1 or more), max_restarts {max_restarts} (0 or more), "
                 f"shutdown_seconds {shutdown_seconds} (above 0), loop_share {loop_share} (above 0, at most 1)"
+            )
+        if pool is not None and pool.get_max_size() < 2:
+            raise InputError(
+                "the pool has one connection, and a worker needs two: it keeps one for its heartbeats",
+                hint="create it with max_size=2 or more",
             )
         async with Database.open(dsn, pool=pool, schema=schema, migrate=migrate) as database:
             worker = cls(

@@ -150,7 +150,7 @@ async def test_a_strategy_that_does_not_give_way_is_named_and_still_saved(cli: C
     for _ in range(3):
         live.send(signal.SIGINT)
         # Three that arrive together are one to the kernel: the next comes when this one was seen.
-        wait_for_pending(live.process.pid)
+        wait_for_pending(live)
     live.until(f"kill -9 {live.process.pid}")
     gate.touch()
     ran = live.end()
@@ -158,15 +158,38 @@ async def test_a_strategy_that_does_not_give_way_is_named_and_still_saved(cli: C
     assert ran.json["checkpoint_bar"] == 99
 
 
-def wait_for_pending(pid: int) -> None:
-    """Waits until no signal is pending at a process."""
-    status = Path(f"/proc/{pid}/status")
+async def test_a_signal_while_the_interpreter_ends_changes_nothing(bare: Cli) -> None:
+    """The interpreter takes handlers away before its last objects go: a signal then killed a completed run."""
+    gate = bare.directory / "gate"
+    (bare.directory / "late.py").write_text(
+        "import os, time\nfrom mine import Counting\n"
+        "class Late:\n"
+        f"    def __del__(self, write=os.write, exists=os.path.exists, sleep=time.sleep, gate={str(gate)!r}):\n"
+        "        write(2, b'late\\n')\n"
+        "        while not exists(gate):\n"
+        "            sleep(0.01)\n"
+        "LATE = Late()\n"
+    )
+    live = bare.start("run", "--data", MARKET, "--strategy", "late:Counting", "--no-database", "--json")
+    live.until("late")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        live.send(number)
+    wait_for_pending(live)
+    gate.touch()
+    ran = live.end()
+    assert ran.code == 0
+    assert ran.json["status"] == "completed"
+
+
+def wait_for_pending(live: Live) -> None:
+    """Waits until no signal is pending at a process, or it has ended."""
+    status = Path(f"/proc/{live.process.pid}/status")
     if not status.exists():
         pytest.skip("needs /proc")
-    while any(
-        int(line.split()[1], 16) for line in status.read_text().splitlines() if line.startswith(("SigPnd", "ShdPnd"))
-    ):
-        pass
+    pending = True
+    while pending and live.process.poll() is None:
+        lines = status.read_text().splitlines()
+        pending = any(int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd")))
 
 
 async def test_ctrl_c_without_a_database_says_that_nothing_was_kept(bare: Cli) -> None:

@@ -102,6 +102,40 @@ async def test_an_error_of_the_strategy(worker: BacktestWorker, dsn: str) -> Non
         await worker.resume("op", bars=market(), strategy=Counter(fail_at=555))
 
 
+class Failing(Held):
+    """Raises where it was held."""
+
+    async def on_bar(self, bar: kt.Bar) -> None:
+        await super().on_bar(bar)
+        if bar.index == self.gate.bar:
+            raise KeyError("as it happens")
+
+
+@pytest.mark.parametrize("through", ["mailbox", "task"])
+async def test_a_cancel_while_a_failure_is_being_written(worker: BacktestWorker, dsn: str, through: str) -> None:
+    """Too late to be what ended it; a pending cancellation of the caller's own task is raised all the same."""
+    before = asyncio.all_tasks()
+    gate = Gate(345)
+    caller = asyncio.create_task(worker.run(REQUEST, "op", bars=market(), strategy=Failing(gate), policy=NEVER))
+    await gate.reached.wait()
+    async with row_held(dsn, "op") as until_blocked:
+        gate.open.set()
+        await until_blocked()
+        asked = asyncio.create_task(worker.cancel("op"))
+        if through == "task":
+            caller.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+    await asyncio.wait({caller})
+    assert (await asked).status is kt.Status.FAILED
+    assert standing(await worker.operations.get("op")) == ("failed", "failure", 299)
+    if through == "task":
+        assert caller.cancelled()
+    else:
+        assert isinstance(caller.exception(), KeyError)
+    await nothing_left(worker, dsn, before)
+
+
 async def test_a_strategy_that_awaits_something_that_others_cancelled_has_failed(worker: BacktestWorker) -> None:
     class Unlucky(kt.AsyncStrategy):
         async def on_bar(self, bar: kt.Bar) -> None:

@@ -86,7 +86,12 @@ async def test_original_fault_a_new_loop_and_connection_for_each_save(
 ) -> None:
     loops: list[Any] = []
     make = asyncio.new_event_loop
-    monkeypatch.setattr(asyncio, "new_event_loop", lambda: loops.append(1) or make())
+
+    def counted() -> asyncio.AbstractEventLoop:
+        loops.append(1)
+        return make()
+
+    monkeypatch.setattr(asyncio, "new_event_loop", counted)
     saves = "SELECT count(*) FROM saves"
     async with outside(dsn) as other:
         await other.execute(

@@ -39,7 +39,7 @@ async def test_a_pool_of_the_service(dsn: str, size: int) -> None:
                     await held(worker, name=f"left{number}")
                 handle, _ = await held(worker, name="cancelled")
                 await handle.cancel()
-        assert not pool._closed
+        assert not pool.is_closing()
         assert pool.get_idle_size() == pool.get_size()
         assert standing_of(await rows(pool)) == {
             **{f"done{n}": ("completed", None) for n in range(10)},
@@ -55,6 +55,13 @@ async def test_a_pool_of_the_service(dsn: str, size: int) -> None:
             for number in range(3):
                 results = await worker.resume(f"left{number}", bars=market(), strategy=Held(Gate()))
                 assert results.digest == await held_digest()
+
+
+async def test_a_pool_of_one_connection_is_refused(dsn: str) -> None:
+    """The heartbeats' connection would leave none for anything else: every save would wait for its deadline."""
+    async with asyncpg.create_pool(dsn, min_size=1, max_size=1) as pool:
+        with pytest.raises(kt.InputError, match="needs two"):
+            await BacktestWorker.open(pool=pool).__aenter__()
 
 
 async def rows(pool: asyncpg.Pool) -> list[asyncpg.Record]:

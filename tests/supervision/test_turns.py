@@ -210,8 +210,7 @@ async def _play(steps: list[Step], share: float) -> None:
     assert turns._holder is fifth
     fifth.leave()
     await asyncio.sleep(0.001)
-    assert turns._holder is None
-    assert not turns._queue
+    assert (turns._holder, len(turns._queue)) == (None, 0)
 
 
 async def test_an_async_strategy_awaits_without_the_token(worker: BacktestWorker) -> None:
@@ -286,15 +285,16 @@ async def test_a_cancelled_offload_waits_for_its_thread_and_does_not_work_twice(
 
 
 def test_a_torn_down_loop_does_not_have_the_work_done_twice() -> None:
-    go_on, calls = threading.Event(), []
+    begun, go_on, calls = threading.Event(), threading.Event(), []
 
     def work() -> None:
         calls.append(1)
+        begun.set()
         assert go_on.wait(20)
 
     async def main() -> None:
         keep.append(asyncio.create_task(Turns().turn().offload(work)))
-        await iterate(3)
+        await asyncio.to_thread(begun.wait)
         asyncio.get_running_loop().call_later(0.05, go_on.set)  # by then the teardown waits for the thread
 
     keep: list[asyncio.Task[None]] = []

@@ -76,6 +76,10 @@ if TYPE_CHECKING:
     from ktrdr_async.supervision.mailbox import Progress as Progress
     from ktrdr_async.supervision.worker import BacktestWorker as BacktestWorker
     from ktrdr_async.supervision.worker import OperationHandle as OperationHandle
+    from ktrdr_async.verification.certificate import Certificate as Certificate
+    from ktrdr_async.verification.certificate import VerificationError as VerificationError
+    from ktrdr_async.verification.verify import verify as verify
+    from ktrdr_async.verification.verify import verify_sync as verify_sync
 
 __version__ = "0.1.0"
 
@@ -117,6 +121,8 @@ _HOMES = {
     "supervision.local": ("backtest", "backtest_sync"),
     "supervision.mailbox": ("Progress",),
     "supervision.worker": ("BacktestWorker", "OperationHandle"),
+    "verification.certificate": ("Certificate", "VerificationError"),
+    "verification.verify": ("verify", "verify_sync"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

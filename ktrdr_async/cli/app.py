@@ -20,7 +20,7 @@ Ctrl-C saves a checkpoint and prints the command that goes on from it.
 def application() -> App:
     """Every command under its name."""
     from ktrdr_async import __version__
-    from ktrdr_async.cli.commands import cancel, checkpoints, demo, export, looking, resume, run, strategies
+    from ktrdr_async.cli.commands import cancel, checkpoints, demo, export, looking, resume, run, strategies, verify
 
     app = App(
         name="ktrdr-async",
@@ -39,6 +39,7 @@ def application() -> App:
     app.command(looking.show)
     app.command(export.export)
     app.command(checkpoints.application())
+    app.command(verify.verify)
     app.command(strategies.strategies)
     return app
 

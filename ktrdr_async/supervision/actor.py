@@ -261,7 +261,8 @@ class Actor:
             # Somebody cancelled it after it was found and before it was claimed, and a claim voids that.
             ending = ending or CancellationError(named, f"{named} was cancelled before it was claimed")
         if ending is not None:
-            end = End(self._status_of_cancel() if done.error is None else Status.INTERRUPTED)
+            failed = done.cancelled is None and done.error is not None
+            end = End(Status.INTERRUPTED if failed else self._status_of_cancel())
             await self._give_back(claimed, end, ending)
             raise ending
         assert row is not None  # noqa: S101 - no error, so there is one
@@ -296,7 +297,7 @@ class Actor:
             if worker._running.get(named) is running:
                 del worker._running[named]
             if self._supervisor is not None:
-                self._failed_save = self._supervisor.final_save_error
+                self._failed_save = self._failed_save or self._supervisor.final_save_error
                 if self._supervisor.ends.owed is not None:
                     worker.debts.add(named, claimed.checkpoints, self._supervisor.ends.owed)
 

@@ -13,7 +13,7 @@ MOST_FIELDS = 12  # that a difference names
 
 
 class VerificationError(KtrdrError):
-    """A trial couldn't be made: a child process ended otherwise than it was told to. It says nothing of the strategy."""
+    """A child process ended otherwise than it was told to; that says nothing of the strategy."""
 
     code = "verification_error"
 
@@ -46,7 +46,9 @@ class Field(msgspec.Struct, frozen=True):
 class Difference(msgspec.Struct, frozen=True):
     """The first bar at which two runs part."""
 
-    kind: str  # look_ahead, hidden_state, nondeterministic, hash_order, process, lost_on_resume, engine, undeclared_state
+    kind: (
+        str  # look_ahead, hidden_state, nondeterministic, hash_order, process, lost_on_resume, engine, undeclared_state
+    )
     trial: str  # what was done to the second run
     bar: int  # absolute index; -1: before the first bar
     time: str  # of that bar, ISO 8601, UTC; empty for -1

@@ -62,6 +62,7 @@ class Ran(msgspec.Struct):
     error_bar: int = -1  # -1: none, or before the first bar
     state: BacktestCheckpointState | None = None  # the checkpoint of an interrupted leg; None before the first boundary
     struck: bool = False
+    exception: Exception | None = None  # what `error` says
 
 
 class Leg(msgspec.Struct, frozen=True):
@@ -79,7 +80,12 @@ class Leg(msgspec.Struct, frozen=True):
 
 
 async def run_leg(
-    leg: Leg, strategy: AnyStrategy, watch: Callable[[Snapshot], bool], *, turn: Turn | None = None
+    leg: Leg,
+    strategy: AnyStrategy,
+    watch: Callable[[Snapshot], bool],
+    *,
+    turn: Turn | None = None,
+    at_boundary: Callable[[BacktestingEngine], None] | None = None,
 ) -> Ran:
     """Runs a leg in a task of its own, which is the one that is cancelled.
 
@@ -88,6 +94,7 @@ async def run_leg(
         strategy: a new object, or one that ran before.
         watch: gets the snapshot of each boundary, and says whether to stop there.
         turn: who else may compute.
+        at_boundary: gets the engine at each boundary, after `watch`.
 
     Raises:
         UndeclaredStateError: if the strategy could change outside its `state`.
@@ -107,7 +114,7 @@ async def run_leg(
     engine = BacktestingEngine(leg.request, leg.bars, strategy, turn=used, block_bars=leg.block_bars)
     if leg.strike is not None and leg.strike.how == "raise":
         raise_at(strategy, leg.strike.bar)
-    task = asyncio.ensure_future(_consume(engine, leg, watch, striking, blow))
+    task = asyncio.ensure_future(_consume(engine, leg, watch, striking, blow, at_boundary))
     try:
         await asyncio.wait({task})
     except asyncio.CancelledError:
@@ -129,6 +136,9 @@ async def run_leg(
         bar = error.bar_index if isinstance(error, StrategyError) else -1
         ran.error_bar = bar if bar >= 0 or engine.failed_bar is None else engine.failed_bar
         ran.exception = error
+        if leg.state is not None and engine.boundary.bar_index == leg.state.bar_index:
+            # It broke in its first block, perhaps in restoring: then what was restored says what is missing.
+            watch(snapshot_of(engine, len(engine.portfolio.events), len(engine.portfolio.recorded)))
     else:
         raise error
     return ran
@@ -140,6 +150,7 @@ async def _consume(
     watch: Callable[[Snapshot], bool],
     striking: StrikingTurn | None,
     blow: Callable[[], None],
+    at_boundary: Callable[[BacktestingEngine], None] | None,
 ) -> bool:
     """Whether it came to its end."""
     n, size = len(leg.bars), leg.block_bars
@@ -153,6 +164,8 @@ async def _consume(
             boundary, first = engine.boundary, block.bar_index + 1
             stop = watch(snapshot_of(engine, events, recorded))
             events, recorded = boundary.events, boundary.recorded
+            if at_boundary is not None:
+                at_boundary(engine)
             if leg.strike is not None and leg.strike == Strike(block.bar_index, "yield"):
                 blow()
                 await asyncio.sleep(0)

@@ -168,8 +168,11 @@ def whole(worker: BacktestWorker) -> bool:
 
 async def nothing_left(worker: BacktestWorker, dsn: str, before: set[asyncio.Task[Any]]) -> None:
     """No task, no transaction, no connection out, no claim of an operation, no debt."""
-    assert {task for task in asyncio.all_tasks() if not task.done()} <= before
-    assert whole(worker)
+
+    async def gone() -> bool:
+        return {task for task in asyncio.all_tasks() if not task.done()} <= before and whole(worker)
+
+    await until(gone, "every task is over but the heart's, whose beat may be going on just now")
     assert not worker._running
     assert not worker._actors
     assert not worker.debts

@@ -28,6 +28,11 @@ class Clock:
         return self.now
 
 
+def at_rest(turns: Turns) -> bool:
+    """Whether nobody has the token or waits for it."""
+    return turns._holder is None and not turns._queue
+
+
 async def iterate(times: int = 1) -> None:
     for _ in range(times):
         await asyncio.sleep(0)
@@ -210,7 +215,7 @@ async def _play(steps: list[Step], share: float) -> None:
     assert turns._holder is fifth
     fifth.leave()
     await asyncio.sleep(0.001)
-    assert (turns._holder, len(turns._queue)) == (None, 0)
+    assert at_rest(turns)
 
 
 async def test_an_async_strategy_awaits_without_the_token(worker: BacktestWorker) -> None:

@@ -138,11 +138,12 @@ class BacktestingEngine:
         if self._started:
             raise RuntimeError("an engine runs once; make another one")
         self._started = True
-        if self.strategy._bar is not None:
+        if self.strategy._running:
             raise StrategyError(f"this {type(self.strategy).__name__} is in another run", hint="make one for each run")
-        self.strategy.state = decode_state(self._initial_state, self._state_type)
-        await self._turn.enter()
+        object.__setattr__(self.strategy, "_running", True)
         try:
+            self.strategy.state = decode_state(self._initial_state, self._state_type)
+            await self._turn.enter()
             await self._prepare()
             first = 0 if resume_from is None else await self._restore(resume_from, accept)
             n, size = len(self.bars), self._block_bars
@@ -159,6 +160,7 @@ class BacktestingEngine:
         finally:
             self._turn.leave()
             object.__setattr__(self.strategy, "_bar", None)
+            object.__setattr__(self.strategy, "_running", False)
 
     def _encoded(self, block: int) -> bytes | None:
         # That it comes back equal is proved at the first boundaries and at each tenth: that costs more than encoding.

@@ -37,7 +37,7 @@ from ktrdr_async.operations.lifecycle import (
 from ktrdr_async.operations.rows import already_claimed, existing, first_difference, not_found, operation_of, owner_of
 from ktrdr_async.storage.database import Database, is_transient
 
-CALL_SECONDS = 30.0  # for each call, retries included
+CALL_SECONDS = 10.0  # for each call, retries included
 CONTENTIONS = 20  # tries after a serialization failure
 AMBIGUOUS_SHOWN = 10  # ids that an ambiguous prefix lists
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ktrdr_async.strategy")
 
-OWN_ATTRIBUTES = frozenset({"state", "_parameters", "_sealed", "_bar", "_initial_state"})
+OWN_ATTRIBUTES = frozenset({"state", "_parameters", "_sealed", "_bar", "_initial_state", "_running"})
 
 
 class StrategyMeta(type):
@@ -108,6 +108,7 @@ class StrategyBase(metaclass=StrategyMeta):
     _parameters: Mapping[str, Any] = types.MappingProxyType({})
     _sealed: bool = False
     _bar: Bar | None = None
+    _running: bool = False  # in a run: one object serves one run at a time
     _initial_state: bytes | None = None  # what every run starts from, so that one object can run twice
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -59,7 +59,8 @@ def differing_rows(
         a, b = np.atleast_1d(reference[name][first]), np.atleast_1d(found[name][first])
         for column, (one, other) in enumerate(zip(a.tolist(), b.tolist(), strict=False)):
             if _leaf(one) != _leaf(other):
-                of = f"[{symbols[column]}]" if len(a) == len(symbols) else f"[{column}]" if len(a) > 1 else ""
+                which = symbols[column] if len(a) == len(symbols) else column
+                of = f"[{which}]" if reference[name].ndim == 2 else ""
                 fields.append(Field(f"{name}{of}", _leaf(one), _leaf(other)))
     return Parting(first, "rows", tuple(fields[:MOST_FIELDS]))
 

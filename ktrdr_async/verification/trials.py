@@ -210,18 +210,20 @@ class Trials:
         for seed, told in zip(seeds, found, strict=True):
             parting = self._compared(self._leg, told)
             if parting is not None:
-                kind = await self._kind_of_fresh(seed, told)
+                kind = await self._kind_of_fresh(seed, told, found)
                 parting = await self._narrowed_in_child(self._leg, parting, seed)
                 self._part(parting, f"a fresh process, PYTHONHASHSEED={seed}", kind, reasons.reason_of(kind))
         self._passed(HASHES, count, f"fresh processes, PYTHONHASHSEED={', '.join(map(str, seeds))}: equal")
 
-    async def _kind_of_fresh(self, seed: int, told: tuple[Ran, Any]) -> str:
+    async def _kind_of_fresh(self, seed: int, told: tuple[Ran, Any], others: list[tuple[Ran, Any]]) -> str:
         """Whether the hash seed alone decides: the same seed gives the same, and others something else."""
-        others = [self._plan.hash_seed(number) for number in range(4)]
-        same, *rest = await self._fresh([(self._leg, seed), *((self._leg, other) for other in others)])
+        [same] = await self._fresh([(self._leg, seed)])
         if _told(same) != _told(told):
             return "process"
-        return "hash_order" if any(_told(other) != _told(told) for other in rest) else "process"
+        if all(_told(other) == _told(told) for other in others):  # by chance, perhaps: a short set has few orders
+            more = range(self._plan.hash_seeds, self._plan.hash_seeds + 3)
+            others = await self._fresh([(self._leg, self._plan.hash_seed(number)) for number in more])
+        return "process" if all(_told(other) == _told(told) for other in others) else "hash_order"
 
     async def _kills(self) -> None:
         at = self._plan.kill_bars(len(self._job.bars)) if self._plan.kills else []
@@ -232,14 +234,21 @@ class Trials:
         for number, bar in enumerate(at):
             self._step(Step(KILLS, number, len(at)))
             state = await self._children.kill(msgspec.structs.replace(leg, strike=Strike(bar, "kill")), hash_seed=seed)
+            if state is not None and state.state_digest != self._reference.digests[state.bar_index]:
+                field = Field("state_digest", self._reference.digests[state.bar_index], state.state_digest)
+                left = Parting(state.bar_index, "state", (field,), exact=False)
+                [told] = await self._fresh([(leg, seed)])  # the boundaries between, which the killed one didn't tell
+                await self._part_killed(leg, self._compared(leg, told) or left, at[max(0, number - 1)], seed)
             leg = msgspec.structs.replace(leg, state=state)
         [told] = await self._fresh([(leg, seed)])
         parting = self._compared(leg, told)
         if parting is not None:
-            parting = await self._narrowed_in_child(leg, parting, seed)
-            where = "the start" if leg.state is None else f"bar {leg.state.bar_index:,}"
-            self._part_resumed(parting, f"kill -9 in bar {at[-1]:,}, resumed from {where} by another process")
+            await self._part_killed(leg, parting, at[-1], seed)
         self._passed(KILLS, len(at), f"in bars {', '.join(f'{bar:,}' for bar in at)}, resumed by new processes: equal")
+
+    async def _part_killed(self, leg: Leg, parting: Parting, bar: int, hash_seed: int) -> NoReturn:
+        parting = await self._narrowed_in_child(leg, parting, hash_seed)
+        self._part_resumed(parting, f"kill -9 in bar {bar:,}, resumed from {_place(leg)} by another process")
 
     def _leave_out(self, what: str, count: int) -> None:
         if count:
@@ -259,9 +268,8 @@ class Trials:
             leg = msgspec.structs.replace(leg, strike=strike)
             ran, parting = await self._try(leg)
             if parting is not None:
-                where = "the start" if leg.state is None else f"bar {leg.state.bar_index:,}"
                 parting = await self._narrowed(leg, parting)
-                self._part_resumed(parting, f"{last}, resumed from {where} by a new object", ran)
+                self._part_resumed(parting, f"{last}, resumed from {_place(leg)} by a new object", ran)
             if ran.struck:
                 struck["yield" if leg.strike is not None and leg.strike.how == "yield" else "inside"] += 1
                 leg = msgspec.structs.replace(leg, state=ran.state)
@@ -307,6 +315,10 @@ class Trials:
             trial = f"the bars after {after:,} ({time_of(self._job.bars, after)}) {future}"
             self._part(parting, trial, "look_ahead", reasons.look_ahead(self._job.strategy, parting, after, future))
         return True
+
+
+def _place(leg: Leg) -> str:
+    return "the start" if leg.state is None else f"bar {leg.state.bar_index:,}"
 
 
 def _told(told: tuple[Ran, Any]) -> tuple[Any, ...]:

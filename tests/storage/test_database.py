@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 import asyncpg
 import pytest
-from conftest import seed
+from homes import seed
 from storage_processes import kill_server, postmasters
 
 from ktrdr_async.errors import DatabaseError, InputError

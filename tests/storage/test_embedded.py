@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import seed
+from homes import seed
 from storage_processes import child, gone, keepers, kill_server, postmasters, query, until
 
 from ktrdr_async.errors import EmbeddedServerError

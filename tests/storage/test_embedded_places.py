@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import make_home, remove_home
+from homes import make_home, remove_home
 from storage_processes import CHECKOUT, child, ordinary_account, postmasters, python_for_everybody, query, until
 
 from ktrdr_async.errors import EmbeddedServerError

@@ -71,8 +71,10 @@ class Chaos:
     async def _cut(self, other: Any, name: str, worker: BacktestWorker) -> None:
         await other.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
-            " AND backend_type = 'client backend' AND application_name <> 'test' ORDER BY md5(pid::text || $1) LIMIT 1", str(self.chance.random())
-        )  # fmt: skip
+            " AND backend_type = 'client backend' AND application_name <> 'test'"
+            " ORDER BY md5(pid::text || $1) LIMIT 1",
+            str(self.chance.random()),
+        )
 
     async def _hold(self, other: Any, name: str, worker: BacktestWorker) -> None:
         async with other.transaction():

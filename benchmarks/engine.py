@@ -2,10 +2,10 @@
 
     python benchmarks/engine.py [--bars N] [--repeat R] [--json]
 
-Fair or void: both get the same arrays in memory; indicators, ledger, equity curve and metrics are counted for both; fills at the
-next open, commission 0.001, no slippage, one decision rule from the first bar at which both means exist. Before anything is
-timed the fills of both must be equal, bar by bar. Runs are interleaved, on one core, and medians are shown; `ratio` is their
-time over ours.
+Fair or void: both get the same arrays in memory; indicators, ledger, equity curve and metrics are counted for both;
+fills at the next open, commission 0.001, no slippage, one decision rule from the first bar at which both means exist.
+Before anything is timed the fills of both must be equal, bar by bar. Runs are interleaved, on one core, and medians are
+shown; `ratio` is their time over ours.
 """
 
 from __future__ import annotations

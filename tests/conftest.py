@@ -8,7 +8,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from homes import make_home, remove_home
+from homes import make_home, remove_home, seed
 
 from ktrdr_async.storage.database import DATABASE_VARIABLE, Database
 from ktrdr_async.storage.embedded import EmbeddedServer

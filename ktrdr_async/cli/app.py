@@ -20,7 +20,18 @@ Ctrl-C saves a checkpoint and prints the command that goes on from it.
 def application() -> App:
     """Every command under its name."""
     from ktrdr_async import __version__
-    from ktrdr_async.cli.commands import cancel, checkpoints, demo, export, looking, resume, run, strategies, verify
+    from ktrdr_async.cli.commands import (
+        cancel,
+        checkpoints,
+        demo,
+        descend,
+        export,
+        looking,
+        resume,
+        run,
+        strategies,
+        verify,
+    )
 
     app = App(
         name="ktrdr-async",
@@ -34,6 +45,8 @@ def application() -> App:
     app.command(demo.demo)
     app.command(run.run)
     app.command(resume.resume)
+    app.command(descend.extend)
+    app.command(descend.fork)
     app.command(cancel.cancel)
     app.command(looking.list_operations, name="list")
     app.command(looking.show)

@@ -12,6 +12,7 @@ import anyio
 import msgspec
 
 from ktrdr_async.backtesting.engine import BacktestingEngine
+from ktrdr_async.backtesting.provenance import anything, nothing
 from ktrdr_async.backtesting.request import BacktestRequest
 from ktrdr_async.backtesting.results import BacktestResults, RunStatistics
 from ktrdr_async.checkpoint.policy import CheckpointPolicy
@@ -25,6 +26,7 @@ from ktrdr_async.errors import (
     StrategyError,
 )
 from ktrdr_async.operations.lifecycle import Claim, Operation, Status
+from ktrdr_async.supervision.descent import Descent, Start, start_of
 from ktrdr_async.supervision.endings import SETTLED, End, Endings, resume_hint
 from ktrdr_async.supervision.heart import Running
 from ktrdr_async.supervision.jobs import Job, Permissions, resolve
@@ -34,7 +36,6 @@ from ktrdr_async.supervision.stored import rebuild
 from ktrdr_async.supervision.supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from ktrdr_async.checkpoint.schemas import BacktestCheckpointState
     from ktrdr_async.market import Bars
     from ktrdr_async.strategies.base import AnyStrategy
     from ktrdr_async.supervision.turns import OperationTurn
@@ -49,12 +50,15 @@ class Plan(msgspec.Struct, kw_only=True):
     """What an actor was asked to do."""
 
     request: BacktestRequest | None  # None: the stored one
-    bars: Bars | None
-    strategy: AnyStrategy | None
     permissions: Permissions
-    policy: CheckpointPolicy | None
-    throttle: float | None
+    bars: Bars | None = None
+    strategy: AnyStrategy | None = None
+    policy: CheckpointPolicy | None = None
+    throttle: float | None = None
     take_over: bool = False
+    accept_mismatch: bool = False  # go on although data, code or numbers differ, and remember it
+    keep_state: bool = False
+    descent: Descent | None = None
 
 
 class Claimed(msgspec.Struct):
@@ -197,7 +201,9 @@ class Actor:
 
     async def _create(self, request: BacktestRequest) -> Operation:
         """Makes the row, or finds it. A cancellation that came meanwhile writes `cancelled`."""
-        done = await finish(lambda: self._worker.operations.create(self.operation_id, request.to_dict()))
+        kind, parent = (plan.kind, plan.parent) if (plan := self.plan.descent) else ("backtesting", None)
+        operations = self._worker.operations
+        done = await finish(lambda: operations.create(self.operation_id, request.to_dict(), type=kind, parent=parent))
         if done.cancelled is not None:
             if done.result is not None:
                 await self._end_unclaimed(done.result, done.cancelled)
@@ -292,7 +298,7 @@ class Actor:
         if claimed.paused:
             self.mailbox.pause()
         try:
-            return await self._supervise(job, claimed, prior)
+            return await self._supervise(job, claimed, prior, found)
         finally:
             if worker._running.get(named) is running:
                 del worker._running[named]
@@ -301,13 +307,13 @@ class Actor:
                 if self._supervisor.ends.owed is not None:
                     worker.debts.add(named, claimed.checkpoints, self._supervisor.ends.owed)
 
-    async def _supervise(self, job: Job, claimed: Claimed, prior: End) -> BacktestResults:
+    async def _supervise(self, job: Job, claimed: Claimed, prior: End, found: Operation) -> BacktestResults:
         """Runs the engine to an end; after a transient error again from the checkpoint, a bounded number of times."""
         worker, plan = self._worker, self.plan
         statistics = RunStatistics()
         backoff = _FIRST_RESTART
         for restart in range(worker._max_restarts + 1):
-            state = await self._load(claimed, prior)
+            start = await self._load(claimed, prior, found)
             try:
                 engine = BacktestingEngine(job.request, job.bars, job.strategy, turn=self._turn)
             except Exception as error:
@@ -325,10 +331,11 @@ class Actor:
                 last_line=worker.last_line,
                 statistics=statistics,
                 throttle=plan.throttle,
+                keep_state=plan.keep_state,
                 transient=worker._transient if restart < worker._max_restarts else (),
             )
             try:
-                return await supervisor.run(state)
+                return await supervisor.run(start)
             except worker._transient as error:
                 if not supervisor.restartable:
                     raise
@@ -351,10 +358,13 @@ class Actor:
             await supervisor.end_cancelled(error)
             raise
 
-    async def _load(self, claimed: Claimed, prior: End) -> BacktestCheckpointState | None:
+    async def _load(self, claimed: Claimed, prior: End, found: Operation) -> Start:
         """The checkpoint to go on from; where it can't be loaded or this task is cancelled, the operation goes back."""
         try:
-            return await claimed.checkpoints.load_checkpoint(self.operation_id)
+            state = await claimed.checkpoints.load_checkpoint(self.operation_id)
+            if state is None:
+                return await start_of(self._worker.database, self._worker.operations, found)
+            return Start(state, anything if self.plan.accept_mismatch else nothing)
         except BaseException as error:
             if self._supervisor is not None:
                 self._supervisor.ends.owed = None  # what is to be written is decided here

@@ -86,6 +86,7 @@ async def rebuild(database: Database, row: Operation, bars: Bars | None, permiss
             unfilled=tuple(outcome.unfilled),
             equity=equity,
             run=outcome.run,
+            accepted_mismatches=outcome.accepted_mismatches,
         )
         _ = results.digest, results.metrics
         return results

@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import msgspec
 
-from ktrdr_async.backtesting.checkpoint_builder import Since, build_backtest_checkpoint_state, build_closing_state
+from ktrdr_async.backtesting.checkpoint_builder import (
+    Since,
+    build_backtest_checkpoint_state,
+    build_closing_state,
+    build_final_state,
+)
 from ktrdr_async.backtesting.provenance import prepare_manifests
 from ktrdr_async.backtesting.results import BacktestResults, Outcome, RunStatistics
 from ktrdr_async.checkpoint.schemas import BacktestCheckpointState, CheckpointType
@@ -41,6 +46,7 @@ if TYPE_CHECKING:
     from ktrdr_async.checkpoint.policy import CheckpointPolicy
     from ktrdr_async.checkpoint.service import CheckpointService
     from ktrdr_async.operations.bounded import Source
+    from ktrdr_async.supervision.descent import Start
     from ktrdr_async.supervision.turns import OperationTurn
 
 logger = logging.getLogger("ktrdr_async.supervision")
@@ -63,6 +69,7 @@ class Supervisor:
         statistics: how the run goes; goes on across restarts.
         last_line: where final saves go; None: the checkpoints' own database.
         throttle: bars a second at most; None: as fast as it goes.
+        keep_state: store the state before the closing step with the result.
         transient: errors after which the operation goes on from its checkpoint instead of having failed.
         clock: monotonic seconds.
     """
@@ -80,6 +87,7 @@ class Supervisor:
         statistics: RunStatistics,
         last_line: Source | None = None,
         throttle: float | None = None,
+        keep_state: bool = False,
         transient: tuple[type[Exception], ...] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -95,6 +103,8 @@ class Supervisor:
         self._mailbox = mailbox
         self._prior = prior
         self._throttle = throttle
+        self._keep_state = keep_state
+        self._accepted: list[str] = []  # differences under which somebody let it go on
         self._clock = clock
         self._began = clock()
         self._first_bar = 0
@@ -104,8 +114,8 @@ class Supervisor:
         self._retry_at: float | None = None
         self._backoff = _FIRST_BACKOFF
 
-    async def run(self, state: BacktestCheckpointState | None) -> BacktestResults:
-        """Runs from `state`, or from bar 0, to an end.
+    async def run(self, start: Start) -> BacktestResults:
+        """Runs from where it begins to an end.
 
         Raises:
             CancelledError: if this task was cancelled; its checkpoint is durable, or a note says why it isn't.
@@ -113,21 +123,25 @@ class Supervisor:
             OwnershipLostError: if a newer owner holds the operation; nothing was written.
             Exception: what the strategy raised, with a note that names the bar.
         """
+        state = start.state
         if state is not None:
             self._first_bar = state.bar_index + 1
-            self.ends.checkpoint_bar = state.bar_index
+            self._accepted = list(state.accepted_mismatches)
+            self.ends.checkpoint_bar = None if start.inherited else state.bar_index
             before = self.statistics.resumed_from or state.resumed_from  # a restart here may have saved nothing new
             self.statistics.resumed_from = [*before, state.bar_index]
         self._policy.start(self._first_bar - 1)
         self._began = self._clock()
         try:
             await self._turn.offload(lambda: prepare_manifests(self._engine.strategy))
-            async with aclosing(self._engine.run(state)) as blocks:
+            async with aclosing(self._engine.run(state, accept=start.accept)) as blocks:
                 async for block in blocks:
+                    if self._block is None and not start.inherited:
+                        self._accepted += self._engine.accepted
                     self._block = block
                     if self._told_to_end():  # and the strategy has swallowed it
                         raise asyncio.CancelledError
-                    if self._due(block.bar_index):
+                    if self._due(block.bar_index) or (start.inherited and self.ends.checkpoint_bar is None):
                         await self._save(CheckpointType.PERIODIC)
                     if self._mailbox.waiting:
                         await self._answer()
@@ -136,6 +150,7 @@ class Supervisor:
             self._finish_statistics()
             results = await self._turn.offload(self._results)
             outcome, closing = results.outcome(), build_closing_state(self._engine, self._since())
+            outcome.final_state = build_final_state(self._engine) if self._keep_state else None
         except asyncio.CancelledError as error:
             if self._told_to_end():
                 await self.end_cancelled(error)
@@ -191,7 +206,7 @@ class Supervisor:
 
     def _results(self) -> BacktestResults:
         results = self._engine.results()
-        results.run = self.statistics
+        results.run, results.accepted_mismatches = self.statistics, tuple(self._accepted)
         _ = results.digest, results.metrics, results.warnings  # computed here, off the loop, and kept
         return results
 
@@ -218,7 +233,7 @@ class Supervisor:
         state = build_backtest_checkpoint_state(
             self._engine, boundary.bar_index, int(bars.timestamps[boundary.bar_index]), since=self._since()
         )
-        state.resumed_from = list(self.statistics.resumed_from)
+        state.resumed_from, state.accepted_mismatches = list(self.statistics.resumed_from), list(self._accepted)
         return state
 
     def _since(self) -> Since:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import anyio
 
@@ -25,6 +25,7 @@ from ktrdr_async.operations.service import OperationsService, validated_id
 from ktrdr_async.storage.database import Database
 from ktrdr_async.supervision.actor import Actor, Plan
 from ktrdr_async.supervision.debts import Debts
+from ktrdr_async.supervision.descent import EXTENSION, FORK, descend
 from ktrdr_async.supervision.handle import OperationHandle as OperationHandle
 from ktrdr_async.supervision.heart import Heart, LastLine, Running
 from ktrdr_async.supervision.jobs import Permissions
@@ -43,6 +44,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ktrdr_async.supervision")
 
 POLL_SECONDS = 0.25
+
+
+class RunOptions(TypedDict, total=False):
+    """What every verb takes that runs something: each may be left out."""
+
+    bars: Bars | None  # the bars, where the request's data name none
+    strategy: AnyStrategy | None  # the strategy, where it isn't looked up by name
+    policy: CheckpointPolicy | None  # when to checkpoint; None: the default policy
+    throttle: float | None  # bars a second at most
+    keep_state: bool  # store the state before the closing step with the result, so that it can be extended
+
+
+class ResumeOptions(RunOptions, total=False):
+    """What `resume` takes as well."""
+
+    take_over: bool  # claim it although its owner seems to be alive
+    accept_mismatch: bool  # go on although data, code or numbers differ; the result remembers it for ever
 
 
 class BacktestWorker:
@@ -163,22 +181,16 @@ class BacktestWorker:
         request: BacktestRequest,
         operation_id: str | None = None,
         *,
-        bars: Bars | None = None,
-        strategy: AnyStrategy | None = None,
-        policy: CheckpointPolicy | None = None,
-        throttle: float | None = None,
         cwd: bool = False,
+        **options: Unpack[RunOptions],
     ) -> OperationHandle:
         """Starts an operation as a task of its own, or joins the one that this worker runs under the id.
 
         Args:
             request: what to run.
             operation_id: 1 to 128 of A-Z a-z 0-9 . _ -; None: a random one.
-            bars: the bars, where the request's data name none.
-            strategy: the strategy, where it isn't looked up by name.
-            policy: when to checkpoint; None: the default policy.
-            throttle: bars a second at most.
             cwd: look for the strategy's module in the current directory too.
+            options: see `RunOptions`.
 
         Raises:
             InputError: if the id isn't one, or the throttle isn't above 0.
@@ -190,30 +202,27 @@ class BacktestWorker:
             if present.plan.request is not None and present.plan.request != request:
                 raise OperationConflictError(name, f"{name} runs another request here", hint="choose another id")
             return OperationHandle(self, present)
-        plan = Plan(
-            request=request,
-            bars=bars,
-            strategy=strategy,
-            permissions=Permissions(trusted=True, allow=self._allow, cwd=cwd),
-            policy=policy,
-            throttle=throttle,
-        )
-        return OperationHandle(self, self._spawn(name, plan))
+        permissions = Permissions(trusted=True, allow=self._allow, cwd=cwd)
+        return OperationHandle(self, self._spawn(name, Plan(request=request, permissions=permissions, **options)))
 
     async def run(
         self,
         request: BacktestRequest,
         operation_id: str | None = None,
         *,
-        bars: Bars | None = None,
-        strategy: AnyStrategy | None = None,
-        policy: CheckpointPolicy | None = None,
-        throttle: float | None = None,
+        cwd: bool = False,
+        **options: Unpack[RunOptions],
     ) -> BacktestResults:
         """Starts an operation, goes on with it, or returns its finished result; idempotent by id.
 
         Cancelling the awaiting task cancels the operation; its checkpoint is durable when the cancellation gets
         through.
+
+        Args:
+            request: what to run.
+            operation_id: 1 to 128 of A-Z a-z 0-9 . _ -; None: a random one.
+            cwd: look for the strategy's module in the current directory too.
+            options: see `RunOptions`.
 
         Raises:
             OperationConflictError: if the id belongs to another request.
@@ -222,20 +231,14 @@ class BacktestWorker:
             CancelledError: if this task was cancelled.
             CancellationError: if somebody else cancelled it.
         """
-        handle = self.start(request, operation_id, bars=bars, strategy=strategy, policy=policy, throttle=throttle)
-        return await self._owned(handle._actor)
+        return await self._owned(self.start(request, operation_id, cwd=cwd, **options)._actor)
 
-    async def resume(
-        self,
-        operation_id: str,
-        *,
-        bars: Bars | None = None,
-        strategy: AnyStrategy | None = None,
-        policy: CheckpointPolicy | None = None,
-        throttle: float | None = None,
-        take_over: bool = False,
-    ) -> BacktestResults:
+    async def resume(self, operation_id: str, **options: Unpack[ResumeOptions]) -> BacktestResults:
         """Goes on from the last checkpoint; of a completed operation the stored result, of one that runs here that run.
+
+        Args:
+            operation_id: the operation.
+            options: see `ResumeOptions`.
 
         Raises:
             OperationNotFoundError: if there is none.
@@ -243,40 +246,101 @@ class BacktestWorker:
             CheckpointMismatchError: if data, code or numbers differ; nothing was changed.
             CodeNotAllowedError: if its strategy isn't registered and no `allow` names it.
         """
-        return await self._owned(
-            self._resume(
-                operation_id, bars=bars, strategy=strategy, policy=policy, throttle=throttle, take_over=take_over
-            )
-        )
+        return await self._owned(self._resume(operation_id, **options))
 
-    def resume_handle(self, operation_id: str, **options: Any) -> OperationHandle:
+    def resume_handle(self, operation_id: str, **options: Unpack[ResumeOptions]) -> OperationHandle:
         """As `resume`, as a task of its own: what `start` is to `run`."""
         return OperationHandle(self, self._resume(operation_id, **options))
 
-    def _resume(
-        self,
-        operation_id: str,
-        *,
-        bars: Bars | None = None,
-        strategy: AnyStrategy | None = None,
-        policy: CheckpointPolicy | None = None,
-        throttle: float | None = None,
-        take_over: bool = False,
-    ) -> Actor:
+    def _resume(self, operation_id: str, **options: Unpack[ResumeOptions]) -> Actor:
         present = self._actors.get(operation_id)
         if present is not None and not present.task.done():
             return present
         permissions = Permissions(trusted=False, allow=self._allow, data_roots=self._roots)
-        plan = Plan(
-            request=None,
-            bars=bars,
-            strategy=strategy,
-            permissions=permissions,
-            policy=policy,
-            throttle=throttle,
-            take_over=take_over,
-        )
-        return self._spawn(operation_id, plan)
+        return self._spawn(operation_id, Plan(request=None, permissions=permissions, **options))
+
+    async def extend(
+        self,
+        parent_id: str,
+        operation_id: str | None = None,
+        *,
+        changes: Mapping[str, Any] | None = None,
+        **options: Unpack[RunOptions],
+    ) -> BacktestResults:
+        """Goes on with a completed run over new bars, as an operation of its own; equal to one run over all of them.
+
+        The parent must have been run with `keep_state`, and its bars must be the first ones of the new data.
+
+        Args:
+            parent_id: the completed operation.
+            operation_id: the new one's id; None: a random one.
+            changes: `data` and `end` of the request, where they differ.
+            options: see `RunOptions`; `bars` where they are handed over.
+
+        Raises:
+            InvalidTransitionError: if the parent isn't completed, or didn't keep its state.
+            CheckpointMismatchError: if the old bars aren't a prefix of the new ones, or the code differs.
+        """
+        return await self._owned((await self.extend_handle(parent_id, operation_id, changes=changes, **options))._actor)
+
+    async def extend_handle(
+        self,
+        parent_id: str,
+        operation_id: str | None = None,
+        *,
+        changes: Mapping[str, Any] | None = None,
+        **options: Unpack[RunOptions],
+    ) -> OperationHandle:
+        """As `extend`, as a task of its own."""
+        return await self._descend(EXTENSION, parent_id, operation_id, dict(changes or {}), options)
+
+    async def fork(
+        self,
+        parent_id: str,
+        operation_id: str | None = None,
+        *,
+        changes: Mapping[str, Any],
+        **options: Unpack[RunOptions],
+    ) -> BacktestResults:
+        """Goes on from an operation's checkpoint, or kept state, with other costs or parameters, as one of its own.
+
+        Args:
+            parent_id: the operation.
+            operation_id: the new one's id; None: a random one.
+            changes: commission, slippage, min_trade, force_close, seed; of `parameters` those that change.
+            options: see `RunOptions`.
+
+        Raises:
+            InvalidTransitionError: if the parent has no state to go on from.
+            ParameterError: if something else is to change.
+        """
+        return await self._owned((await self.fork_handle(parent_id, operation_id, changes=changes, **options))._actor)
+
+    async def fork_handle(
+        self,
+        parent_id: str,
+        operation_id: str | None = None,
+        *,
+        changes: Mapping[str, Any],
+        **options: Unpack[RunOptions],
+    ) -> OperationHandle:
+        """As `fork`, as a task of its own."""
+        return await self._descend(FORK, parent_id, operation_id, dict(changes), options)
+
+    async def _descend(
+        self, kind: str, parent_id: str, operation_id: str | None, changes: dict[str, Any], options: RunOptions
+    ) -> OperationHandle:
+        parent = await self.operations.get(parent_id)
+        roots = None if "data" in changes else self._roots
+        if options.get("bars") is not None:
+            changes["data"] = None
+        request, descent = await descend(self.database, parent, kind, changes)
+        name = secrets.token_hex(8) if operation_id is None else validated_id(operation_id)
+        if name in self._actors:
+            raise OperationConflictError(name, f"{name} runs here already", hint="choose another id, or resume it")
+        permissions = Permissions(trusted=False, allow=self._allow, data_roots=roots)
+        plan = Plan(request=request, permissions=permissions, descent=descent, **options)
+        return OperationHandle(self, self._spawn(name, plan))
 
     def _spawn(self, operation_id: str, plan: Plan) -> Actor:
         if self._closing:

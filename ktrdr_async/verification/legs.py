@@ -19,7 +19,7 @@ from ktrdr_async.backtesting.turn import NoTurn, Turn
 from ktrdr_async.checkpoint.schemas import BacktestCheckpointState, Counters
 from ktrdr_async.errors import StrategyError, UndeclaredStateError
 from ktrdr_async.market import Bars
-from ktrdr_async.strategies.base import AnyStrategy, WeightStrategy
+from ktrdr_async.strategies.base import AnyStrategy
 from ktrdr_async.supervision.shielding import until_done
 from ktrdr_async.verification.strikes import InjectedError, Strike, StrikingTurn, raise_at
 
@@ -109,8 +109,7 @@ async def run_leg(
     used: Turn = turn or NoTurn()
     striking: StrikingTurn | None = None
     if leg.strike is not None:
-        by_bar = not isinstance(strategy, WeightStrategy)
-        used = striking = StrikingTurn(used, leg.strike, by_bar=by_bar, blow=blow)
+        used = striking = StrikingTurn(used, leg.strike, strategy=strategy, blow=blow)
     engine = BacktestingEngine(leg.request, leg.bars, strategy, turn=used, block_bars=leg.block_bars)
     if leg.strike is not None and leg.strike.how == "raise":
         raise_at(strategy, leg.strike.bar)

@@ -61,7 +61,7 @@ class Reference:
             upto: the last bar that counts; None: all, and the ending.
         """
         bars = len(self.digests)
-        if ran.columns or not ran.error:
+        if ran.columns or not (ran.error or ran.struck):
             rows = differing_rows(self.ran.columns, ran.columns, self._symbols, bars - 1 if upto is None else upto)
             if rows is not None:
                 return rows

@@ -78,14 +78,14 @@ class StrikingTurn:
     Args:
         inner: who else may compute.
         strike: where.
-        by_bar: whether it is looked at after each bar.
+        strategy: whose awaits may be struck.
         blow: cancels the task that runs the engine.
     """
 
-    def __init__(self, inner: Turn, strike: Strike, *, by_bar: bool, blow: Callable[[], None]) -> None:
+    def __init__(self, inner: Turn, strike: Strike, *, strategy: AnyStrategy, blow: Callable[[], None]) -> None:
         self._inner = inner
         self._strike = strike
-        self._by_bar = by_bar
+        self._strategy = strategy
         self._blow = blow
         self._looks_left: int | None = None  # until the bar's own; None: it isn't in this block
         self._struck = False
@@ -94,7 +94,9 @@ class StrikingTurn:
         """The bars first..stop-1 are the next block."""
         bar = self._strike.bar
         there = first <= bar < stop and self._strike.how not in ("yield", "raise")
-        self._looks_left = (bar - first if self._by_bar else 0) if there else None
+        self._looks_left = None
+        if there:
+            self._looks_left = 0 if isinstance(self._strategy, WeightStrategy) else bar - first
 
     @property
     def deadline(self) -> float:
@@ -126,7 +128,8 @@ class StrikingTurn:
 
     def leave(self) -> None:
         """Before an await of the strategy's: the cancellation arrives in it."""
-        if self._strike.how == "await" and self._looks_left == 0:
+        in_bar = self._strategy._bar is not None  # it isn't `prepare` that is awaited
+        if self._strike.how == "await" and self._looks_left == 0 and in_bar:
             self._strike_once()
         self._inner.leave()
 

@@ -13,7 +13,7 @@ from ktrdr_async.backtesting.engine import BLOCK_BARS
 from ktrdr_async.backtesting.provenance import identity_of
 from ktrdr_async.errors import CheckpointCorruptedError, InputError, UndeclaredStateError
 from ktrdr_async.market import Bars
-from ktrdr_async.strategies.base import AnyStrategy
+from ktrdr_async.strategies.base import AnyStrategy, WeightStrategy
 from ktrdr_async.supervision.jobs import Job
 from ktrdr_async.supervision.shielding import in_thread
 from ktrdr_async.supervision.turns import turns_of_this_loop
@@ -244,7 +244,9 @@ class Trials:
         parting = self._compared(leg, told)
         if parting is not None:
             await self._part_killed(leg, parting, at[-1], seed)
-        self._passed(KILLS, len(at), f"in bars {', '.join(f'{bar:,}' for bar in at)}, resumed by new processes: equal")
+        where = "the blocks of bars" if isinstance(self._job.strategy, WeightStrategy) else "bars"
+        bars = ", ".join(f"{bar:,}" for bar in at)
+        self._passed(KILLS, len(at), f"in {where} {bars}, resumed by new processes: equal")
 
     async def _part_killed(self, leg: Leg, parting: Parting, bar: int, hash_seed: int) -> NoReturn:
         parting = await self._narrowed_in_child(leg, parting, hash_seed)
@@ -265,14 +267,15 @@ class Trials:
         for number, strike in enumerate([*strikes, None]):
             if number < len(strikes):
                 self._step(Step(CANCELS, number, len(strikes)))
-            leg = msgspec.structs.replace(leg, strike=strike)
+            # Every second leg goes bar by bar: what a resume lost may heal before the next block ends.
+            leg = msgspec.structs.replace(leg, strike=strike, block_bars=1 if number % 2 else BLOCK_BARS)
             ran, parting = await self._try(leg)
             if parting is not None:
                 parting = await self._narrowed(leg, parting)
                 self._part_resumed(parting, f"{last}, resumed from {_place(leg)} by a new object", ran)
             if ran.struck:
                 struck["yield" if leg.strike is not None and leg.strike.how == "yield" else "inside"] += 1
-                leg = msgspec.structs.replace(leg, state=ran.state)
+                leg = msgspec.structs.replace(leg, state=ran.state or leg.state)
             last = str(strike)
         inside = (
             f"{struck['yield']:,} at yields, {struck['inside']:,} inside blocks ({reasons.calls(self._job.strategy)})"

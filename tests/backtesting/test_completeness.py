@@ -29,6 +29,8 @@ KINDS = (Busy, BusyAsync, Crossing)
 # What is reachable and not compared as it stands, and why that is no state.
 DERIVED = {
     "engine.resumed_from": "says that it was resumed",
+    "engine.accepted": "what was accepted of the checkpoint's differences; nothing here",
+    "engine.strategy._running": "that it is in a run, which `run()` sets",
     "engine.strategy._bar": "the engine's own bar, which is walked there",
     "engine._window": "which rows are cached as floats; follows from the bar that is computed next",
     "engine._opens": "cached rows of the bars",

@@ -29,6 +29,7 @@ def resume(
     *,
     last: bool = False,
     take_over: bool = False,
+    accept_mismatch: bool = False,
     trust: TrustOptions = NO_TRUST,
     pace: PaceOptions = USUAL_PACE,
     where: DatabaseOptions = USUAL_DATABASE,
@@ -41,6 +42,7 @@ def resume(
         operation: its id, or what no other id begins with.
         last: the most recent one that isn't completed.
         take_over: claim it although its process seems to be alive.
+        accept_mismatch: go on although data, code or numbers differ; the result remembers it for ever.
         trust: what it may name.
         pace: how it runs.
         where: the database.
@@ -77,7 +79,16 @@ def resume(
                 )
             runner = Runner(context, pace, dsn=where.dsn, allow=trust.allow, roots=trust.data_root)
             return await runner.carry_out(
-                worker, name, lambda: worker.resume(name, policy=policy, throttle=pace.throttle, take_over=take_over)
+                worker,
+                name,
+                lambda: worker.resume(
+                    name,
+                    policy=policy,
+                    throttle=pace.throttle,
+                    keep_state=pace.keep_state,
+                    take_over=take_over,
+                    accept_mismatch=accept_mismatch,
+                ),
             )
 
     return report(context, context.drive(work))

@@ -71,7 +71,9 @@ def run(
             return await runner.carry_out(
                 worker,
                 operation_id,
-                lambda: worker.run(request, operation_id, policy=policy, throttle=pace.throttle),
+                lambda: worker.run(
+                    request, operation_id, policy=policy, throttle=pace.throttle, keep_state=pace.keep_state
+                ),
             )
 
     return report(context, context.drive(bare if no_database else kept))

@@ -101,7 +101,7 @@ class Runner:
                 task.cancel()
             elif not leaving:
                 leaving.append(asyncio.create_task(worker.shutdown()))
-            running = handle is not None and handle._actor.claimed.is_set()
+            running = handle is not None and handle.claimed
             if signals.count > 1:
                 output.note("still saving ..." if running else "still stopping ...")
             else:
@@ -122,10 +122,8 @@ class Runner:
         return await self._ended(worker, operation_id, handle, task)
 
     async def _show(self, handle: OperationHandle, task: asyncio.Future[Any]) -> None:
-        claimed = asyncio.create_task(handle._actor.claimed.wait())
-        await asyncio.wait({claimed, task}, return_when=asyncio.FIRST_COMPLETED)
-        if not claimed.done():
-            claimed.cancel()
+        await handle.until_claimed()
+        if not handle.claimed:
             return
         self.context.output.note(f"operation {handle.operation_id}")
         view = view_of(self.context.output, self.pace.progress_seconds)
@@ -144,13 +142,12 @@ class Runner:
         handle: OperationHandle | None,
         task: asyncio.Future[BacktestResults],
     ) -> Ended:
-        started = handle is not None and handle._actor.claimed.is_set()
-        supervisor = handle._actor._supervisor if handle is not None else None
+        started = handle is not None and handle.claimed
         progress: Progress | None = handle.inspect() if handle is not None else None
         ended = Ended(
             operation_id=operation_id,
             progress=progress,
-            statistics=supervisor.statistics if supervisor is not None else RunStatistics(),
+            statistics=handle.statistics if handle is not None else RunStatistics(),
         )
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         if error is None:
@@ -170,7 +167,7 @@ class Runner:
                 return ended
         elif progress is not None:
             ended.status, ended.checkpoint_bar = progress.status, progress.checkpoint_bar
-        failed_save = supervisor.final_save_error if supervisor is not None else None
+        failed_save = handle.final_save_error if handle is not None else None
         return self._stopped(ended, error, started=started, failed_save=failed_save)
 
     def _never_began(self, ended: Ended, error: BaseException) -> Ended:

@@ -334,6 +334,8 @@ class Actor:
                 keep_state=plan.keep_state,
                 transient=worker._transient if restart < worker._max_restarts else (),
             )
+            if worker.heart is not None:
+                worker.heart.wake()
             try:
                 return await supervisor.run(start)
             except worker._transient as error:

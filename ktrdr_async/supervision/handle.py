@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
+from ktrdr_async.backtesting.results import RunStatistics
 from ktrdr_async.errors import OperationNotFoundError
 
 if TYPE_CHECKING:
@@ -31,6 +32,29 @@ class OperationHandle:
     def done(self) -> bool:
         """Whether it has ended, one way or another."""
         return self._actor.task.done()
+
+    @property
+    def claimed(self) -> bool:
+        """Whether its row was committed and claimed."""
+        return self._actor.claimed.is_set()
+
+    async def until_claimed(self) -> None:
+        """Waits for that; also returns where it ends before."""
+        claimed = asyncio.create_task(self._actor.claimed.wait())
+        await asyncio.wait({claimed, self._actor.task}, return_when=asyncio.FIRST_COMPLETED)
+        claimed.cancel()
+
+    @property
+    def statistics(self) -> RunStatistics:
+        """How the run goes, or went, in this process."""
+        supervisor = self._actor._supervisor
+        return RunStatistics() if supervisor is None else supervisor.statistics
+
+    @property
+    def final_save_error(self) -> BaseException | None:
+        """Why the save of its end failed; None: it didn't."""
+        supervisor = self._actor._supervisor
+        return None if supervisor is None else supervisor.final_save_error
 
     async def result(self) -> BacktestResults:
         """Waits for the end.

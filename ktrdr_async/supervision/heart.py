@@ -27,6 +27,7 @@ logger = logging.getLogger("ktrdr_async.supervision")
 
 BEAT_SECONDS = 5.0
 BUSY_SECONDS = 0.25  # until the next beat where a save held a row: what it would have told mustn't wait
+GATHER_SECONDS = 0.02
 
 
 class Running(msgspec.Struct):
@@ -84,6 +85,10 @@ class Heart:
         self._woken = asyncio.Event()
         self._listening: Any = None
 
+    def wake(self) -> None:
+        """Asks for a beat now: something has begun, and others want to see it."""
+        self._woken.set()
+
     async def beat_for_ever(self) -> None:
         """Beats until it is cancelled. A beat that fails is logged and made again; the lease outlives several."""
         try:
@@ -96,6 +101,7 @@ class Heart:
                     logger.warning("a heartbeat failed (%s: %s); it is made again", type(error).__name__, error)
                 with anyio.move_on_after(BUSY_SECONDS if self._busy else self._seconds):
                     await self._woken.wait()
+                    await anyio.sleep(GATHER_SECONDS)  # many may begin at once: one beat serves them all
         finally:
             if self._listening is not None and not self._listening.is_closed():
                 with anyio.move_on_after(1.0, shield=True):

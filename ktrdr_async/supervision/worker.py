@@ -91,6 +91,7 @@ class BacktestWorker:
         self.debts = Debts()  # ends that couldn't be written yet
         self._closing = False
         self.owner = Owner.this_process()
+        self.heart: Heart | None = None  # set by `open`
         self.last_line: LastLine | None = None  # where final saves go; set by `open`
 
     @classmethod
@@ -154,9 +155,8 @@ class BacktestWorker:
             )
             async with database.reserved() as reserved:
                 worker.last_line = LastLine(database, reserved)
-                heart = asyncio.create_task(
-                    Heart(reserved, worker.operations, worker._running, worker.debts).beat_for_ever()
-                )
+                worker.heart = Heart(reserved, worker.operations, worker._running, worker.debts)
+                heart = asyncio.create_task(worker.heart.beat_for_ever())
                 try:
                     if resume_orphans:
                         await worker._adopt_orphans()

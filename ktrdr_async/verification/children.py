@@ -21,7 +21,7 @@ from ktrdr_async.backtesting.provenance import identity_of
 from ktrdr_async.checkpoint.schemas import BacktestCheckpointState
 from ktrdr_async.errors import InputError
 from ktrdr_async.strategies.registry import resolve
-from ktrdr_async.supervision.shielding import in_thread
+from ktrdr_async.supervision.shielding import finish, in_thread, until_done
 from ktrdr_async.verification.certificate import VerificationError
 from ktrdr_async.verification.child import FIELDS, ChildJob, Told, boot, path
 from ktrdr_async.verification.legs import Leg, Ran, Snapshot, from_text, to_text
@@ -131,21 +131,29 @@ class Children:
         file = Path(f"{job.out}.job")
         data = msgspec.msgpack.encode(job)
         await in_thread(lambda: file.write_bytes(data))
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-P", "-c", boot(), str(file), *path()),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-            env=dict(os.environ) | {"PYTHONHASHSEED": str(hash_seed)},
-            start_new_session=True,  # a Ctrl-C at the terminal is the parent's
+        # However often this is cancelled, a process that was started is known, ended, and reaped.
+        started = await finish(
+            lambda: asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-P", "-c", boot(), str(file), *path()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                env=dict(os.environ) | {"PYTHONHASHSEED": str(hash_seed)},
+                start_new_session=True,  # a Ctrl-C at the terminal is the parent's
+            )
         )
+        process = started.result
+        if process is None:
+            raise started.cancelled or VerificationError(f"a child process can't be started: {started.error}")
         try:
+            if started.cancelled is not None:
+                raise started.cancelled
             _, words = await process.communicate()
         finally:
             if process.returncode is None:
                 process.kill()
-                await process.wait()
+                await until_done(asyncio.ensure_future(process.wait()))
         lines = words.decode(errors="replace").strip().splitlines()
         return process.returncode or 0, " | ".join(lines[-3:])
 

@@ -50,8 +50,8 @@ async def verify(
     often. The first two runs that part end it. The state after each bar is in a temporary file meanwhile.
 
     A certificate speaks of this job alone: of these bars, and of what was tried. Look-ahead is found where another
-    future changed a row of `prepare` or the targets, or the state at a bar that was looked at; what comes from elsewhere
-    than the bars, such as a file or model that was made with later data, is out of its sight.
+    future changed a row of `prepare` or the targets, or the state at a bar that was looked at. What comes from
+    elsewhere than the bars, such as a file or model that was made with later data, is out of its sight.
 
     Args:
         data: as for `backtest`.

@@ -17,7 +17,7 @@ import zoo
 from verification_runs import COSTS, EURUSD
 
 import ktrdr_async as kt
-from ktrdr_async.backtesting import engine as engine_module
+from ktrdr_async.backtesting import engine
 from ktrdr_async.backtesting.portfolio import Portfolio
 from ktrdr_async.strategies.base import AnyStrategy
 from ktrdr_async.verification.certificate import Step
@@ -28,6 +28,7 @@ from ktrdr_async.verification.strikes import Strike
 pytestmark = pytest.mark.anyio
 
 BARS = EURUSD.head(1_000)
+engine_module: Any = engine  # whose own imports are replaced here
 
 
 @pytest.fixture
@@ -221,7 +222,7 @@ async def test_what_cannot_be_tried_is_bad_input(options: dict[str, Any]) -> Non
         await kt.verify(BARS, kt.SmaCross, **options)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 101])
+@pytest.mark.parametrize("n", [1, 3, 101])
 async def test_few_bars(n: int) -> None:
     certificate = await kt.verify(BARS.head(n), zoo.Sound, kills=1, hash_seeds=0)
     assert certificate, certificate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import ktrdr_async as kt
 
@@ -18,4 +19,4 @@ def shipped(name: str) -> Path:
 
 FILE = shipped("EURUSD.csv")
 EURUSD = kt.Bars.read(str(FILE), symbols=("EURUSD",))
-COSTS = {"commission": 0.00002, "slippage": 0.00005}
+COSTS: dict[str, Any] = {"commission": 0.00002, "slippage": 0.00005}

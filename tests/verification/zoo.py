@@ -115,7 +115,8 @@ class NextQuantity(kt.WeightStrategy):
 
 class Normalised(kt.WeightStrategy):
     def target_weights(self, bars: kt.Bars) -> NDArray[np.float64]:
-        return np.clip(bars.close / bars.close.mean() - 1, -1, 1)
+        whole: NDArray[np.float64] = np.clip(bars.close / bars.close.mean() - 1, -1, 1)
+        return whole
 
 
 class PastBase(kt.Strategy):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,11 @@ class Decided:
         self._columns: dict[str, NDArray[np.float64]] = {}
         self._hashes: dict[str, Any] = {}
         self._hashed = 0
+
+    @property
+    def columns(self) -> Mapping[str, NDArray[np.float64]]:
+        """What was kept, by name; not to be written."""
+        return MappingProxyType(self._columns)
 
     def keep(self, name: str, rows: NDArray[np.float64]) -> None:
         """Takes float64[n] or float64[n, m] under a name."""

@@ -51,6 +51,8 @@ def described(row: Operation, dsn: str | None = None) -> dict[str, Any]:
             "bytes": row.checkpoint_bytes,
         },
         "request": row.request,
+        "parent": None if row.parent is None else row.parent.operation_id,
+        "warnings": result.get("warnings") or [],
         "attempts": row.attempts,
         "created_at": moment(row.created_at),
         "updated_at": moment(updated(row)),

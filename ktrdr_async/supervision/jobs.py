@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -15,7 +15,13 @@ from ktrdr_async.strategies.state import check_declared, check_state
 from ktrdr_async.supervision.shielding import in_thread
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import pandas as pd
+
     from ktrdr_async.strategies.base import AnyStrategy
+
+    Data = str | Bars | pd.DataFrame | Mapping[str, pd.DataFrame] | None
 
 MEMORY = "memory:"  # a reference to bars that were handed over, by their fingerprint
 
@@ -35,6 +41,36 @@ class Job(msgspec.Struct):
     request: BacktestRequest
     bars: Bars
     strategy: AnyStrategy
+
+
+async def job_of(
+    data: Data, strategy: AnyStrategy | str, request: BacktestRequest | None, terms: Mapping[str, Any], *, cwd: bool
+) -> Job:
+    """The job that the calling code means: data and strategy in any form, a request and terms that override its fields.
+
+    Raises:
+        InputError: if data, strategy or a term can't be used.
+    """
+    fields = {} if request is None else {name: getattr(request, name) for name in request.__struct_fields__}
+    unknown = sorted(terms.keys() - set(BacktestRequest.__struct_fields__))
+    if unknown:
+        raise ParameterError(
+            f"there is no {unknown[0]!r} in a request", hint=f"it has: {', '.join(BacktestRequest.__struct_fields__)}"
+        )
+    fields |= terms
+    if isinstance(data, str):
+        fields["data"] = data
+    if isinstance(strategy, str):
+        fields["strategy"] = strategy
+    made = BacktestRequest.from_dict(fields)
+    bars = data if isinstance(data, Bars) else None
+    if data is not None and not isinstance(data, str | Bars):
+        frames = data
+        options = {name: getattr(made, name) for name in ("symbols", "timeframe", "tz", "timestamps", "features")}
+        bars = await in_thread(lambda: Bars.from_pandas(frames, **options))
+    return await resolve(
+        made, bars, None if isinstance(strategy, str) else strategy, Permissions(trusted=True, cwd=cwd)
+    )
 
 
 async def resolve(

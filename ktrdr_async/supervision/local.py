@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from ktrdr_async.backtesting.engine import BacktestingEngine
-from ktrdr_async.backtesting.request import BacktestRequest
 from ktrdr_async.backtesting.results import BacktestResults, RunStatistics
-from ktrdr_async.errors import ParameterError
-from ktrdr_async.market import Bars
-from ktrdr_async.supervision.jobs import Permissions, resolve
-from ktrdr_async.supervision.shielding import in_thread
+from ktrdr_async.supervision.jobs import job_of
 from ktrdr_async.supervision.turns import turns_of_this_loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import pandas as pd
-
     from ktrdr_async.backtesting.engine import Block
+    from ktrdr_async.backtesting.request import BacktestRequest
     from ktrdr_async.strategies.base import AnyStrategy
-
-    Data = str | Bars | pd.DataFrame | Mapping[str, pd.DataFrame] | None
+    from ktrdr_async.supervision.jobs import Data
 
 
 async def backtest(
@@ -51,35 +44,7 @@ async def backtest(
         InputError: if data, strategy or a term can't be used.
         StrategyError: if the strategy breaks a rule; what it raises itself comes through.
     """
-    fields = {} if request is None else {name: getattr(request, name) for name in request.__struct_fields__}
-    unknown = terms.keys() - set(BacktestRequest.__struct_fields__)
-    if unknown:
-        raise ParameterError(
-            f"there is no {sorted(unknown)[0]!r} in a request",
-            hint=f"it has: {', '.join(BacktestRequest.__struct_fields__)}",
-        )
-    fields |= terms
-    if isinstance(data, str):
-        fields["data"] = data
-    if isinstance(strategy, str):
-        fields["strategy"] = strategy
-    made = BacktestRequest(**fields)
-    bars: Bars | None = None
-    if isinstance(data, Bars):
-        bars = data
-    elif data is not None and not isinstance(data, str):
-        frames = data
-        bars = await in_thread(
-            lambda: Bars.from_pandas(
-                frames,
-                symbols=made.symbols,
-                timeframe=made.timeframe,
-                tz=made.tz,
-                timestamps=made.timestamps,
-                features=made.features,
-            )
-        )
-    job = await resolve(made, bars, None if isinstance(strategy, str) else strategy, Permissions(trusted=True, cwd=cwd))
+    job = await job_of(data, strategy, request, terms, cwd=cwd)
     started = time.monotonic()
     turn = turns_of_this_loop().turn()
     engine = BacktestingEngine(job.request, job.bars, job.strategy, turn=turn)

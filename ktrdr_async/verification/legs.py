@@ -120,7 +120,7 @@ async def run_leg(
         task.cancel()
         await until_done(task)
         raise
-    ran = Ran(columns=dict(engine.decided._columns))
+    ran = Ran(columns=dict(engine.decided.columns))
     error = asyncio.CancelledError() if task.cancelled() else task.exception()
     if error is None:
         ran.ending = ending_of(engine.results()) if task.result() else None

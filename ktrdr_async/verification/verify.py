@@ -9,20 +9,17 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from ktrdr_async.backtesting.provenance import identity_of
-from ktrdr_async.backtesting.request import BacktestRequest
 from ktrdr_async.checkpoint.manifest import environment
-from ktrdr_async.errors import ParameterError
-from ktrdr_async.market import Bars
 from ktrdr_async.strategies.base import AnyStrategy, StrategyBase
 from ktrdr_async.strategies.registry import make
-from ktrdr_async.supervision.jobs import Job, Permissions, resolve
-from ktrdr_async.supervision.shielding import in_thread
+from ktrdr_async.supervision.jobs import Job, job_of
 from ktrdr_async.verification.certificate import Certificate, Difference, Step
 from ktrdr_async.verification.plan import Plan
 from ktrdr_async.verification.trials import Parted, Trials, time_of
 
 if TYPE_CHECKING:
-    from ktrdr_async.supervision.local import Data
+    from ktrdr_async.backtesting.request import BacktestRequest
+    from ktrdr_async.supervision.jobs import Data
 
 Factory = Callable[[], AnyStrategy]
 
@@ -118,25 +115,8 @@ async def _job(
     data: Data, strategy: AnyStrategy | Factory | str, request: BacktestRequest | None, cwd: bool, terms: dict[str, Any]
 ) -> tuple[Job, Factory]:
     """What is run, and what makes a new strategy for each run."""
-    fields = {} if request is None else {name: getattr(request, name) for name in request.__struct_fields__}
-    unknown = sorted(terms.keys() - set(BacktestRequest.__struct_fields__))
-    if unknown:
-        raise ParameterError(
-            f"there is no {unknown[0]!r} in a request", hint=f"it has: {', '.join(BacktestRequest.__struct_fields__)}"
-        )
-    fields |= terms
-    if isinstance(data, str):
-        fields["data"] = data
-    if isinstance(strategy, str):
-        fields["strategy"] = strategy
-    made = BacktestRequest(**fields)
-    bars = data if isinstance(data, Bars) else None
-    if data is not None and not isinstance(data, str | Bars):
-        frames = data
-        options = {name: getattr(made, name) for name in ("symbols", "timeframe", "tz", "timestamps", "features")}
-        bars = await in_thread(lambda: Bars.from_pandas(frames, **options))
-    given = None if isinstance(strategy, str) else strategy if isinstance(strategy, StrategyBase) else strategy()
-    job = await resolve(made, bars, given, Permissions(trusted=True, cwd=cwd))
+    given = strategy if isinstance(strategy, str | StrategyBase) else strategy()
+    job = await job_of(data, given, request, terms, cwd=cwd)
     return job, _factory(job, strategy)
 
 

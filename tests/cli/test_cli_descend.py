@@ -28,9 +28,11 @@ async def test_extend_gives_the_result_of_one_run_over_all_bars(cli: Cli) -> Non
 
 
 async def test_fork_changes_costs_and_parameters_from_a_checkpoint_on(cli: Cli) -> None:
-    live = cli.start("run", "--data", LONG, *RUN, "--id", "one", "--throttle", "5000", "--json")
+    live = cli.start(
+        "run", "--data", LONG, *RUN, "--id", "one", "--throttle", "2000", "--checkpoint-bars", "300", "--json"
+    )
     live.operation()
-    cli.until_shown("one", lambda shown: (shown.get("bars") or 0) > 0)
+    cli.until_shown("one", lambda shown: shown["checkpoint_bar"] is not None)
     live.send(signal.SIGINT)
     ended = live.end()
     assert ended.code == 130
@@ -54,9 +56,22 @@ async def test_accept_mismatch_goes_on_and_says_so_for_ever(cli: Cli) -> None:
         "        bar.target_weight(0, 0.5 if bar.index % 50 < 25 else 0.0)\n"
     )
     path.write_text(source)
-    live = cli.start("run", "--data", LONG, "--strategy", "own:Own", "--id", "one", "--throttle", "5000", "--json")
+    live = cli.start(
+        "run",
+        "--data",
+        LONG,
+        "--strategy",
+        "own:Own",
+        "--id",
+        "one",
+        "--throttle",
+        "2000",
+        "--checkpoint-bars",
+        "300",
+        "--json",
+    )
     live.operation()
-    cli.until_shown("one", lambda shown: (shown.get("bars") or 0) > 0)
+    cli.until_shown("one", lambda shown: shown["checkpoint_bar"] is not None)
     live.send(signal.SIGINT)
     assert live.end().code == 130
     path.write_text(source.replace("0.5", "0.4"))

@@ -81,8 +81,20 @@ async def test_service_as_printed(dsn: str, monkeypatch: pytest.MonkeyPatch) -> 
             seen = (await client.get("/backtests/one")).json()
         assert seen["of"] == 400_000
         assert (await client.post("/backtests/one/cancel")).json() == {"status": "cancelled"}
-        assert (await client.post("/backtests/one/resume")).json() == {"digest": expected}
-        assert (await client.get("/backtests/one")).json()["status"] == "completed"
+        assert (await client.post("/backtests/one/resume")).json() == {"id": "one"}
+        assert (await service.app.state.worker.handle("one").result()).digest == expected
+        assert (await client.get("/backtests/one")).json() == {
+            "status": "completed",
+            "bar": 399_999,
+            "of": 400_000,
+            "equity": (await service.app.state.worker.results("one")).final_equity,
+        }
         row = await service.app.state.worker.operations.get("one")
         assert row.result is not None
         assert row.result["run"]["resumed_from"][0] >= 1000
+        bad = await client.post("/backtests/two", params={"data": "/nowhere.csv"})
+        assert (bad.status_code, bad.json()["error"]) == (422, "bad_data")
+        assert "there is no such file" in bad.json()["message"]
+        missing = await client.get("/backtests/two")
+        assert (missing.status_code, missing.json()["error"]) == (404, "not_found")
+        assert (await client.post("/backtests/a b", params={"data": data})).status_code == 422

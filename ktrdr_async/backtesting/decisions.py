@@ -138,7 +138,10 @@ def _as_rows(what: str, value: Any, bars: Bars | None) -> NDArray[np.float64]:
             raise StrategyError(f"{what} has another index than the bars")
         value = value.to_numpy()
     try:
-        return np.asarray(value, dtype=np.float64)
+        given = np.asarray(value)
+        if given.dtype.kind not in "biuf" and not (given.dtype.kind == "O" and given.size):
+            raise TypeError(f"its dtype is {given.dtype}")
+        return given.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise StrategyError(f"{what} can't be read as float64: {error}") from error
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ktrdr_async.market import Bars
 
 BLOCK_BARS = 100
+_ENDS_MORE = (StopIteration, StopAsyncIteration, GeneratorExit, SystemExit, KeyboardInterrupt)
 _PIECE_VALUES = 256  # symbol-bars that are computed between two looks at the turn where targets are known
 _WINDOW_VALUES = 4096  # values of a column that are turned into Python floats at a time
 
@@ -79,6 +80,7 @@ class BacktestingEngine:
         object.__setattr__(strategy, "_initial_state", self._initial_state)
         self.failed_bar: int | None = None  # the bar at which the strategy raised
         self.resumed_from: int | None = None
+        self.noticed: list[str] = []  # what a person should know of the checkpoint that it went on from
         self.accepted: list[str] = []  # how the checkpoint that it went on from differs, in words
         self._turn: Turn = turn or NoTurn()
         self._block_bars = block_bars
@@ -180,6 +182,7 @@ class BacktestingEngine:
             counters=counters_of(self._boundary.book),
             unfilled=self._unfilled,
             equity=self._equity,
+            noticed=self.noticed,
         )
 
     def _block(self) -> Block:
@@ -330,6 +333,12 @@ class BacktestingEngine:
             bar._decisions.clear()
             bar._recorded.clear()
             bar._said = False
+            if isinstance(error, _ENDS_MORE):
+                # They would end the generator, the loop or the process, and not this run alone.
+                ends = "ended its process:" if isinstance(error, SystemExit) else "raised"
+                failed = StrategyError(f"the strategy's code {ends} {error!r}")
+                self._name_bar(failed, at)
+                raise failed from error
             if isinstance(error, Exception):
                 self._name_bar(error, at)
             raise

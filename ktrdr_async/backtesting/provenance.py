@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -28,42 +31,75 @@ class StrategyIdentity(msgspec.Struct, frozen=True):
 
     name: str  # registered name, or module:Class
     parameters: dict[str, Any]
-    source: str  # "builtin:N", or the hex digest of its classes' source
+    source: dict[str, str]  # module -> hex digest of its source; {"builtin": N} for the package's own
+
+    @property
+    def built_in(self) -> bool:
+        """Whether it is the package's own."""
+        return set(self.source) == {"builtin"}
 
 
 def identity_of(strategy: StrategyBase) -> StrategyIdentity:
-    """The strategy's name, parameters and source digest.
+    """The strategy's name, parameters and sources.
 
-    The source is that of the class and its bases outside the package; what their modules hold beside them isn't seen.
+    The sources are those of its module, and of what that uses from modules that lie beside it; never of libraries,
+    whose patch releases strand no run.
     """
     kind = type(strategy)
-    if kind.__module__.startswith(_OWN):
-        name = getattr(kind, "name", kind.__qualname__)
-        return StrategyIdentity(name, strategy.parameters, f"builtin:{getattr(kind, 'version', 1)}")
-    return StrategyIdentity(f"{kind.__module__}:{kind.__qualname__}", strategy.parameters, _source_digest(kind))
+    own = kind.__module__.startswith(_OWN)
+    name = getattr(kind, "name", kind.__qualname__) if own else f"{kind.__module__}:{kind.__qualname__}"
+    return StrategyIdentity(name, strategy.parameters, dict(_sources_of(kind)))
 
 
 @functools.cache
-def _source_digest(kind: type) -> str:
+def _sources_of(kind: type) -> Mapping[str, str]:
     # Once a class: it costs milliseconds, and a file that is edited later isn't what this process runs.
-    found = hashlib.sha256()
+    if kind.__module__.startswith(_OWN):
+        return MappingProxyType({"builtin": str(getattr(kind, "version", 1))})
+    found: dict[str, str] = {}
+    waiting = [cls.__module__ for cls in kind.__mro__ if not cls.__module__.startswith("ktrdr_async.")]
+    root = _folder_of(sys.modules.get(kind.__module__))
+    while waiting:
+        name = waiting.pop()
+        module = sys.modules.get(name)
+        if name in found or name == "builtins" or module is None:
+            continue
+        beside = root is not None and (_folder_of(module) or Path()).is_relative_to(root)
+        if name != kind.__module__ and not (beside and "site-packages" not in str(module.__file__)):
+            continue
+        found[name] = _digest_of(module, kind)
+        for value in list(vars(module).values()):
+            used = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            if isinstance(used, str):
+                waiting.append(used)
     for cls in kind.__mro__:
-        if cls is object:
-            continue
-        if cls.__module__.startswith("ktrdr_async."):
-            found.update(f"{cls.__qualname__}:{vars(cls).get('version', 1)}".encode())
-            continue
-        try:
-            found.update(inspect.getsource(cls).encode())
-        except (OSError, TypeError):
-            found.update(f"{cls.__module__}:{cls.__qualname__}: no source at hand".encode())
-    return found.hexdigest()
+        if cls.__module__.startswith(_OWN) and hasattr(cls, "version"):
+            found[f"{cls.__module__}:{cls.__qualname__}"] = str(vars(cls).get("version", 1))
+    return MappingProxyType(found)
 
 
-def prepare_manifests(strategy: StrategyBase) -> None:
-    """Computes what all manifests of this process and class share: milliseconds that a loop needn't wait for."""
+def _folder_of(module: ModuleType | None) -> Path | None:
+    file = getattr(module, "__file__", None)
+    return Path(file).resolve().parent if isinstance(file, str) else None
+
+
+def _digest_of(module: ModuleType, kind: type) -> str:
+    try:
+        return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+    except (OSError, TypeError):
+        pass
+    try:  # a notebook, or code that was typed in
+        return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()
+    except (OSError, TypeError):
+        return "no source at hand"
+
+
+def prepare_manifests(engine: BacktestingEngine) -> None:
+    """Computes what all manifests of a run share: milliseconds that a loop needn't wait for."""
+    strategy = engine.strategy
     environment()
-    if not identity_of(strategy).source.startswith("builtin:"):
+    engine.bars.fingerprint()
+    if not identity_of(strategy).built_in:
         numeric_probe()
 
 
@@ -77,8 +113,8 @@ def manifest_of(engine: BacktestingEngine, upto: int) -> Manifest:
         strategy_source=identity.source,
         decisions=engine.decided.digest(upto),
         arithmetic_version=ARITHMETIC_VERSION,
-        numeric_probe=None if identity.source.startswith("builtin:") else numeric_probe(),
-        recorded={**environment(), "tier": "interpreted"},
+        numeric_probe=None if identity.built_in else numeric_probe(),
+        recorded={**environment(), "tier": "interpreted", "data": _data_of(engine)},
     )
 
 
@@ -93,6 +129,10 @@ def nothing(_field: str) -> bool:
 def anything(_field: str) -> bool:
     """Accepts every difference."""
     return True
+
+
+def _data_of(engine: BacktestingEngine) -> str:
+    return f"{len(engine.bars)} bars, fingerprint {engine.bars.fingerprint()[:12]}"
 
 
 def check_past(
@@ -138,5 +178,10 @@ def check_past(
             f"the checkpoint at bar {state.bar_index} was made from something else: {lines}",
             differences=refused,
             hint="go on with the same data, code and environment, or start a new operation",
+        )
+    saved, here = state.manifest.recorded.get("data"), _data_of(engine)
+    if saved is not None and saved != here and not accept("request.data"):
+        engine.noticed.append(
+            f"the data after bar {state.bar_index} are others than when it was saved: {saved}, now {here}"
         )
     return [f"bar {state.bar_index}: {name}: stored {before}, now {now}" for name, (before, now) in found.items()]

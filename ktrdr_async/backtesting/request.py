@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 
 from ktrdr_async.errors import ParameterError
+
+
+@functools.cache
+def _fields() -> tuple[msgspec.structs.FieldInfo, ...]:
+    return msgspec.structs.fields(BacktestRequest)
 
 
 class BacktestRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,7 +46,15 @@ class BacktestRequest(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0  # of bar.rng, 0 <= seed < 2**64
 
     def __post_init__(self) -> None:
-        """Checks the ranges."""
+        """Gives each field its declared type, as a database would give it back, and checks the ranges."""
+        for field in _fields():
+            value = getattr(self, field.name)
+            try:
+                kept = msgspec.convert(value.item() if isinstance(value, np.generic) else value, field.type)
+            except msgspec.ValidationError as error:
+                what = str(error).split(" - at")[0].lower()
+                raise ParameterError(f"{field.name} is {value!r}: {what}") from None
+            msgspec.structs.force_setattr(self, field.name, kept)
         if not (math.isfinite(self.initial_capital) and self.initial_capital > 0):
             raise ParameterError(f"initial_capital is {self.initial_capital}; it must be a finite number above 0")
         if not (math.isfinite(self.lot_size) and self.lot_size > 0):

@@ -98,6 +98,7 @@ class BacktestResults:
         equity: NDArray[np.float64],
         run: RunStatistics | None = None,
         accepted_mismatches: Sequence[str] = (),
+        noticed: Sequence[str] = (),
     ) -> None:
         self.request = request
         self.bars = bars
@@ -110,6 +111,7 @@ class BacktestResults:
         self.equity.flags.writeable = False
         self.run = run or RunStatistics()
         self.accepted_mismatches = tuple(accepted_mismatches)
+        self.noticed = tuple(noticed)  # of the resume that finished it
 
     @property
     def final_equity(self) -> float:

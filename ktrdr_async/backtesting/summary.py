@@ -53,7 +53,9 @@ def rows_of(results: BacktestResults) -> list[tuple[str, str]]:
 def warnings_of(results: BacktestResults) -> list[str]:
     """What a person should know before trusting the figures, in plain words."""
     m, counters, symbols = results.metrics, results.counters, results.bars.symbols
-    found = list(results.bars.warnings)
+    found = [*results.bars.warnings, *results.noticed]
+    if not results.ledger:
+        found.append("no order was filled: does the strategy decide anything on these bars, after its warm-up?")
     if m.costs_share > COSTLY:
         found.append(
             f"costs ate {m.costs_share:.0%} of the starting capital ({number(m.fees + m.slippage_paid)}): "
@@ -75,7 +77,7 @@ def warnings_of(results: BacktestResults) -> list[str]:
         )
     for symbol, bars in results.stale_bars.items():
         found.append(f"{symbol} was held for {bars:,} bars at which it had no bar, marked at its last close")
-    if len(results.bars) and counters.ordered_rows * 2 > len(results.bars):
+    if counters.ordered_rows > 5 and counters.ordered_rows * 2 > len(results.bars):
         found.append(
             f"{counters.ordered_rows:,} of {len(results.bars):,} bars ordered something: give NaN where nothing should "
             "change (`on_change` does it), or set min_trade"

@@ -18,7 +18,7 @@ class Manifest(msgspec.Struct, frozen=True):
     request: dict[str, Any]  # data, symbols, parameters, costs, seed: the original request
     bars: str  # hex fingerprint of the bars up to the checkpoint's bar
     strategy: str  # registered name, or module:Class
-    strategy_source: str  # hex digest of the class's source; "builtin:N" for the package's own
+    strategy_source: dict[str, str]  # module -> hex digest of its source; {"builtin": N} for the package's own
     decisions: str  # hex digest of the rows that `prepare` or the targets gave, up to the checkpoint's bar
     arithmetic_version: int
     numeric_probe: str | None  # None for built-in strategies: their bits are the same everywhere
@@ -31,7 +31,11 @@ class Manifest(msgspec.Struct, frozen=True):
             stored, now = self.request.get(key), found.request.get(key)
             if stored != now:
                 result[f"request.{key}"] = (repr(stored), repr(now))
-        for name in ("bars", "strategy", "strategy_source", "decisions", "arithmetic_version", "numeric_probe"):
+        for module in sorted(self.strategy_source.keys() | found.strategy_source.keys()):
+            both = self.strategy_source.get(module, "not used"), found.strategy_source.get(module, "not used")
+            if both[0] != both[1]:
+                result[f"strategy_source.{module}"] = both
+        for name in ("bars", "strategy", "decisions", "arithmetic_version", "numeric_probe"):
             stored, now = getattr(self, name), getattr(found, name)
             if stored != now:
                 result[name] = (str(stored), str(now))

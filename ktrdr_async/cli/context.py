@@ -84,11 +84,11 @@ class Context:
         return self.drive(opened)
 
     def confirm(self, question: str) -> bool:
-        """Asks a person; where nobody is there to ask, the answer is yes."""
+        """Asks a person; where nobody is there to ask, the answer is no."""
         import sys
 
         if sys.stdin is None or not sys.stdin.isatty() or sys.stderr is None or not sys.stderr.isatty():
-            return True
+            return False
         self.signals.settled = False
         sys.stderr.write(f"{question} [y/N] ")
         sys.stderr.flush()

@@ -10,7 +10,6 @@ import msgspec
 
 from ktrdr_async.errors import (
     AlreadyClaimedError,
-    CheckpointMismatchError,
     DataNotAllowedError,
     InputError,
     KtrdrError,
@@ -52,11 +51,12 @@ def failure_of(error: BaseException, *, started: bool = False) -> Failure:
     notes = [note for note in getattr(error, "__notes__", []) if not note.startswith("go on with:")]
     if isinstance(error, KtrdrError) and not (started and isinstance(error, StrategyError)):
         hint = next((text for kind, text in _HINTS.items() if isinstance(error, kind)), error.hint)
-        message = "; ".join([error.message, *_differences(error), *notes])
+        message = "; ".join([error.message, *notes])
         if isinstance(error, OperationError):
             hint = hint.replace("ID", error.operation_id) if " ID" in hint else hint
         bad = isinstance(error, InputError) and not started
-        return Failure(error.code, message, hint, _frames(error), BAD_INPUT if bad else FAILED)
+        details = "" if isinstance(error, InputError) else _frames(error)
+        return Failure(error.code, message, hint, details, BAD_INPUT if bad else FAILED)
     if isinstance(error, TimeoutError) and not started:
         return Failure(
             "timeout", f"no answer in time{f': {error}' if str(error) else ''}", "try again, or look at the database"
@@ -72,12 +72,6 @@ def failure_of(error: BaseException, *, started: bool = False) -> Failure:
     return Failure(
         "unexpected", f"unexpected {named}", f"with {TRACEBACK_VARIABLE}=1 it says where it comes from", details
     )
-
-
-def _differences(error: KtrdrError) -> list[str]:
-    if not isinstance(error, CheckpointMismatchError):
-        return []
-    return [f"{name}: stored {stored}, found {found}" for name, (stored, found) in error.differences.items()]
 
 
 def _frames(error: BaseException) -> str:

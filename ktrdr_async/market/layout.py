@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -152,6 +153,9 @@ def _split(item: SymbolBars, keys: Sequence[str], wanted: tuple[str, ...]) -> li
     return parts
 
 
+_FIELD_OF_A_SYMBOL = re.compile(r"[^a-z](open|high|low|close|volume)\s*$", re.IGNORECASE)
+
+
 def _closes(
     names: Sequence[str],
     closes: Sequence[int],
@@ -161,6 +165,13 @@ def _closes(
     features: Mapping[str, int],
 ) -> Layout:
     known = [names[at].strip() for at in closes]
+    for at in closes:
+        if not symbols and _FIELD_OF_A_SYMBOL.search(names[at]):
+            raise source.error(
+                "this column is one field of a symbol, and the table is read as a column of closes a symbol",
+                column=names[at],
+                hint="write one file a symbol, or the columns' names in two header lines as yfinance does",
+            )
     for symbol in symbols:
         if symbol not in known:
             raise unknown_symbol(symbol, known, source)

@@ -183,7 +183,7 @@ class Bar:
 
     __slots__ = (
         "_bars", "_close", "_decisions", "_feature_rows", "_features", "_high", "_i", "_index_of", "_low", "_may_order",
-        "_open", "_portfolio", "_recorded", "_rng", "_said", "_seed", "_start", "_stop", "_volume",
+        "_open", "_portfolio", "_recorded", "_rng", "_said", "_seed", "_start", "_stop", "_texts", "_volume",
     )  # fmt: skip
 
     def __init__(
@@ -196,6 +196,7 @@ class Bar:
         self._index_of = {name: position for position, name in enumerate(bars.symbols)}
         self._decisions: dict[int, Decision] = {}
         self._recorded: dict[str, float] = {}
+        self._texts: set[str] = set()  # tags and names that were checked
         self._rng: tuple[int, np.random.Generator] | None = None
         self._may_order = True
         self._said = False  # something was ordered or recorded at this bar
@@ -342,7 +343,7 @@ class Bar:
     def order(self, symbol: int | str, quantity: float, *, tag: str | None = None) -> None:
         """Orders `quantity` signed units more; several add up. :raises OrderError: if the symbol has a target here."""
         self._finite(symbol, quantity)
-        position = self._tradable(symbol)
+        position = self._tradable(symbol, tag)
         decision = self._decisions.get(position)
         if decision is None:
             self._decisions[position] = Decision(ORDER, [float(quantity)], tag)
@@ -356,10 +357,25 @@ class Bar:
         """Keeps a value a name for this bar; `results.recorded` shows them all. The last one a name and bar counts."""
         self._said = True
         for name, value in values.items():
-            self._recorded[name] = float(value)
+            if name not in self._texts:
+                self._check_text(name, "a recorded value's name")
+            try:
+                self._recorded[name] = float(value)
+            except (TypeError, ValueError) as error:
+                raise OrderError(f"record({name}={value!r}): {error}", hint="record numbers") from None
+
+    def _check_text(self, text: object, what: str) -> None:
+        # Checked where it is said, and not when all is stored: then it would be too late.
+        if not isinstance(text, str) or not 0 < len(text) <= 200 or "\0" in text:
+            raise OrderError(f"{what} is {text!r}; it must be a text of 1 to 200 characters without NUL")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise OrderError(f"{what} can't be stored: {error}") from None
+        self._texts.add(text)
 
     def _target(self, symbol: int | str, kind: str, value: float, tag: str | None) -> None:
-        position = self._tradable(symbol)
+        position = self._tradable(symbol, tag)
         decision = self._decisions.get(position)
         if decision is not None and decision.kind == ORDER:
             raise OrderError(f"{self._name(symbol)} has a target and an order in one bar", hint="use one of the two")
@@ -369,8 +385,10 @@ class Bar:
         if not math.isfinite(quantity):
             raise OrderError(f"quantity {quantity} of {self._name(symbol)} is not a finite number")
 
-    def _tradable(self, symbol: int | str) -> int:
+    def _tradable(self, symbol: int | str, tag: str | None) -> int:
         position = self._position(symbol)
+        if tag is not None and tag not in self._texts:
+            self._check_text(tag, "a tag")
         if self._bars.first_bar[position] > self.index:
             raise OrderError(
                 f"{self._name(symbol)} has no bar yet: its first is bar {self._bars.first_bar[position]}, "

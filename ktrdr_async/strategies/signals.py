@@ -30,7 +30,7 @@ class Signals(WeightStrategy):
     The first column, or a Parquet file's index of times, names bars. A number in a bar's row is the symbol's target
     there, an order to go to it, once; an empty cell or NaN keeps what is. It was decided knowing that bar, and fills at
     the next one. Every symbol needs its column, and other columns aren't looked at; with one symbol and one column, the
-    column may have any name. Times increase, and each is a bar's.
+    column may also be called signal, weight, target, position, quantity, units or value. Times increase, and each is a bar's.
 
     Args:
         file: path of the file.
@@ -193,9 +193,12 @@ def _parquet(stream: BinaryIO, source: Source) -> _Table:
     return _Table(names, times, columns[1:])
 
 
+_GENERAL = ("signal", "signals", "weight", "target", "position", "quantity", "units", "value")
+
+
 def _columns_of(bars: Bars, names: Sequence[str], source: Source) -> list[int]:
     """The column of each symbol."""
-    if bars.k == 1 and len(names) == 1:
+    if bars.k == 1 and len(names) == 1 and names[0].lower() in (bars.symbols[0].lower(), *_GENERAL):
         return [0]
     for symbol in bars.symbols:
         if names.count(symbol) != 1:

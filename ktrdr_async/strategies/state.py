@@ -11,6 +11,7 @@ import datetime
 import decimal
 import enum
 import fractions
+import inspect
 import logging
 import math
 import pathlib
@@ -22,7 +23,7 @@ from typing import Any, get_origin
 import msgspec
 import numpy as np
 
-from ktrdr_async.errors import UndeclaredStateError
+from ktrdr_async.errors import StrategyError, UndeclaredStateError
 from ktrdr_async.strategies.base import OWN_ATTRIBUTES, AsyncStrategy, Strategy, StrategyBase, WeightStrategy
 
 _ARRAY = 1  # code of the msgpack extension that holds an array
@@ -191,6 +192,7 @@ def check_declared(strategy: StrategyBase) -> None:
         UndeclaredStateError: if an attribute of the object or of its class could change, and isn't named in
             `resources`.
     """
+    _check_methods(strategy)
     name_of = type(strategy).__name__
     bases = (StrategyBase, WeightStrategy, Strategy, AsyncStrategy, object)
     found: dict[str, Any] = {}
@@ -218,6 +220,29 @@ def check_declared(strategy: StrategyBase) -> None:
                 f"{name_of}.state is a {type(strategy.state).__name__}", hint="`state` is a msgspec.Struct"
             )
         _refuse_sets(type(strategy.state))
+
+
+def _check_methods(strategy: StrategyBase) -> None:
+    """Refuses methods of the other kind: a coroutine that nobody awaits would do nothing, and say nothing."""
+    kind = type(strategy)
+    if not isinstance(strategy.warmup, int) or strategy.warmup < 0:
+        raise StrategyError(f"{kind.__name__}.warmup is {strategy.warmup!r}; it must be an int of 0 or more")
+    names = ("prepare", "on_bar", "on_fill", "on_trade", "on_end", "target_weights", "target_quantities")
+    waits = isinstance(strategy, AsyncStrategy)
+    for name in names:
+        method = getattr(kind, name, None)
+        if method is None or (inspect.iscoroutinefunction(method) is waits and not _generates(method)):
+            continue
+        is_, wanted = ("a coroutine", "AsyncStrategy") if not waits else ("no coroutine", "Strategy")
+        if _generates(method):
+            raise StrategyError(
+                f"{kind.__name__}.{name} is a generator, which would do nothing", hint="don't yield in it"
+            )
+        raise StrategyError(f"{kind.__name__}.{name} is {is_}", hint=f"derive from kt.{wanted}")
+
+
+def _generates(method: Any) -> bool:
+    return inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method)
 
 
 def _refuse_sets(kind: type) -> None:

@@ -76,7 +76,8 @@ class Actor:
         self.operation_id = operation_id
         self.plan = plan
         self.mailbox = Mailbox()
-        self.claimed = asyncio.Event()  # the row is committed and claimed
+        self.stored = asyncio.Event()  # the row is committed
+        self.claimed = asyncio.Event()  # and claimed
         self._worker = worker
         self._turn = turn
         self._supervisor: Supervisor | None = None
@@ -136,6 +137,16 @@ class Actor:
         if self._failed_save is not None and self.task.done() and (self.task.cancelled() or self.task.exception()):
             raise self._failed_save
 
+    async def abandon(self) -> None:
+        """Saves what can be saved of a run that doesn't end; its task is left behind."""
+        logger.error(
+            "%s doesn't end: its strategy lets no cancellation through, or a thread of it goes on; its last boundary "
+            "is saved, and its task left behind",
+            self.operation_id,
+        )
+        if self._supervisor is not None:
+            await self._supervisor.abandon()
+
     def progress(self) -> Progress:
         """Where it stands."""
         supervisor = self._supervisor
@@ -159,7 +170,10 @@ class Actor:
     async def _live(self) -> BacktestResults:
         try:
             return await self._run()
-        except SystemExit as error:  # of a strategy's module or thread; it would end the service's loop
+        except (
+            SystemExit,
+            KeyboardInterrupt,
+        ) as error:  # of a strategy's module or thread
             raise StrategyError(f"the strategy's code ended its process: {error!r}") from error
         except BaseException as error:
             self._notes = list(getattr(error, "__notes__", []))
@@ -193,6 +207,7 @@ class Actor:
         plan, row, request = self.plan, None, self.plan.request
         if request is None:
             row = await self._worker.operations.get(self.operation_id)
+            self.stored.set()
             if row.status is Status.COMPLETED:
                 return None, row
             request = BacktestRequest.from_dict(row.request)
@@ -211,6 +226,7 @@ class Actor:
         if done.error is not None:
             raise done.error
         assert done.result is not None  # noqa: S101 - no error, so there is one
+        self.stored.set()
         return done.result
 
     async def _wait_for_slot(self, found: Operation) -> None:
@@ -248,7 +264,9 @@ class Actor:
             nonlocal claim
             if claim is None:
                 await worker.debts.pay_one(named)  # what an earlier run of it here couldn't write
-                claim = await operations.claim(named, owner=worker.owner, take_over=self.plan.take_over)
+                left_over = worker.is_left_over(await operations.get(named))
+                take_over = self.plan.take_over or left_over
+                claim = await operations.claim(named, owner=worker.owner, take_over=take_over)
             return await operations.get(named)
 
         done = await finish(claim_and_look)

@@ -38,6 +38,20 @@ class OperationHandle:
         """Whether its row was committed and claimed."""
         return self._actor.claimed.is_set()
 
+    async def until_stored(self) -> None:
+        """Waits until its row is committed: from then on it survives this process, and everybody finds it by its id.
+
+        Raises:
+            InputError: if data, strategy or a parameter can't be used; nothing was started.
+            OperationConflictError: if the id belongs to another request.
+            Exception: what else kept it from being stored.
+        """
+        stored = asyncio.create_task(self._actor.stored.wait())
+        await asyncio.wait({stored, self._actor.task}, return_when=asyncio.FIRST_COMPLETED)
+        stored.cancel()
+        if not self._actor.stored.is_set():
+            self._actor.outcome()
+
     async def until_claimed(self) -> None:
         """Waits for that; also returns where it ends before."""
         claimed = asyncio.create_task(self._actor.claimed.wait())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -10,6 +11,7 @@ from ktrdr_async.backtesting.provenance import identity_of
 from ktrdr_async.backtesting.request import BacktestRequest
 from ktrdr_async.errors import InputError, ParameterError
 from ktrdr_async.market import Bars
+from ktrdr_async.strategies.base import StrategyBase
 from ktrdr_async.strategies.registry import make, strategies
 from ktrdr_async.strategies.state import check_declared, check_state
 from ktrdr_async.supervision.shielding import in_thread
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from ktrdr_async.strategies.base import AnyStrategy
 
-    Data = str | Bars | pd.DataFrame | Mapping[str, pd.DataFrame] | None
+    Data = str | os.PathLike[str] | Bars | pd.DataFrame | Mapping[str, pd.DataFrame] | None
 
 MEMORY = "memory:"  # a reference to bars that were handed over, by their fingerprint
 
@@ -58,8 +60,10 @@ async def job_of(
             f"there is no {unknown[0]!r} in a request", hint=f"it has: {', '.join(BacktestRequest.__struct_fields__)}"
         )
     fields |= terms
-    if isinstance(data, str):
-        fields["data"] = data
+    if isinstance(data, os.PathLike):
+        data = os.fspath(data)
+    if data is not None:
+        fields["data"] = data if isinstance(data, str) else None
     if isinstance(strategy, str):
         fields["strategy"] = strategy
     made = BacktestRequest.from_dict(fields)
@@ -84,6 +88,14 @@ async def resolve(
     Raises:
         InputError: if data, strategy or a parameter can't be used.
     """
+    if not isinstance(request, BacktestRequest):
+        raise InputError(f"the request is a {type(request).__name__}", hint="make a kt.BacktestRequest")
+    if bars is not None and not isinstance(bars, Bars):
+        raise InputError(f"bars are a {type(bars).__name__}", hint="make them with kt.Bars.from_pandas(...)")
+    if bars is not None and request.data is not None and not request.data.startswith(MEMORY):
+        raise InputError(
+            "the request names its data, and bars were handed over too", hint="leave out one of `data` and `bars`"
+        )
     made = _strategy(request, strategy, permissions)
     check_declared(made)
     check_state(made.state)
@@ -143,6 +155,15 @@ def _is_named(name: str, strategy: AnyStrategy) -> bool:
 
 def _strategy(request: BacktestRequest, strategy: AnyStrategy | None, permissions: Permissions) -> AnyStrategy:
     if strategy is not None:
+        given: object = strategy
+        if not isinstance(given, StrategyBase):
+            named = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
+            raise InputError(f"the strategy is {named}", hint="hand over an object, such as SmaCross(fast=10)")
+        if permissions.trusted and request.parameters and request.parameters != strategy.parameters:
+            raise ParameterError(
+                f"the request's parameters are {request.parameters}, the object's {strategy.parameters}",
+                hint="give the parameters to the object, or name the strategy instead",
+            )
         if request.strategy is not None and not _is_named(request.strategy, strategy):
             raise ParameterError(
                 f"the request names the strategy {request.strategy!r}, the object is {identity_of(strategy).name!r}"

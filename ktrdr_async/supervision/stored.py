@@ -13,6 +13,7 @@ from ktrdr_async.backtesting.results import BacktestResults, Outcome
 from ktrdr_async.checkpoint.service import CheckpointService
 from ktrdr_async.errors import (
     CancellationError,
+    CheckpointCorruptedError,
     CheckpointMismatchError,
     InvalidTransitionError,
     OperationFailedError,
@@ -32,11 +33,28 @@ if TYPE_CHECKING:
 
 def progress_of(row: Operation) -> Progress:
     """What a stored operation tells of its progress."""
-    stored = (
-        msgspec.convert(row.progress, Progress) if row.progress else Progress(operation_id=row.operation_id, status="")
-    )
+    named, status = row.operation_id, row.status.value
+    if row.status is Status.COMPLETED and row.result is not None:
+        outcome = msgspec.convert(row.result, Outcome)
+        return Progress(
+            operation_id=named,
+            status=status,
+            bar_index=outcome.bars - 1,
+            bars=outcome.bars,
+            timestamp=outcome.last_timestamp,
+            equity=outcome.metrics.final_equity,
+            trades=outcome.metrics.trades,
+        )
+    stored = msgspec.convert(row.progress, Progress) if row.progress else Progress(operation_id=named, status="")
+    running = row.status is Status.RUNNING
     return msgspec.structs.replace(
-        stored, status=row.status.value, checkpoint_bar=row.checkpoint_bar, paused=row.paused
+        stored,
+        status=status,
+        bar_index=max(stored.bar_index, -1 if row.checkpoint_bar is None else row.checkpoint_bar),
+        bars_per_second=stored.bars_per_second if running else None,
+        seconds_left=stored.seconds_left if running else None,
+        checkpoint_bar=row.checkpoint_bar,
+        paused=row.paused,
     )
 
 
@@ -88,7 +106,14 @@ async def rebuild(database: Database, row: Operation, bars: Bars | None, permiss
             run=outcome.run,
             accepted_mismatches=outcome.accepted_mismatches,
         )
-        _ = results.digest, results.metrics
+        if not results.digest == outcome.digest == row.result_digest:
+            raise CheckpointCorruptedError(
+                row.operation_id,
+                f"the stored result of {row.operation_id} isn't what its request, bars and ledger give: its digest is "
+                f"{row.result_digest}, theirs {results.digest}",
+                hint="restore the database, or run it again under another id",
+            )
+        _ = results.metrics
         return results
 
     return await in_thread(build)

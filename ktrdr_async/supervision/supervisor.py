@@ -111,6 +111,7 @@ class Supervisor:
         self._block: Block | None = None
         self._settled = False  # a save found that the operation doesn't run under our claim any more
         self._counted = False  # the statistics hold this run
+        self._paced: tuple[float, int] | None = None  # when a throttled run may go on, and from which bar
         self._retry_at: float | None = None
         self._backoff = _FIRST_BACKOFF
 
@@ -130,10 +131,12 @@ class Supervisor:
             self.ends.checkpoint_bar = None if start.inherited else state.bar_index
             before = self.statistics.resumed_from or state.resumed_from  # a restart here may have saved nothing new
             self.statistics.resumed_from = [*before, state.bar_index]
+            saved = self._checkpoints.acknowledged.revision  # by all processes together
+            self.statistics.checkpoints_saved = max(self.statistics.checkpoints_saved, saved)
         self._policy.start(self._first_bar - 1)
         self._began = self._clock()
         try:
-            await self._turn.offload(lambda: prepare_manifests(self._engine.strategy))
+            await self._turn.offload(lambda: prepare_manifests(self._engine))
             async with aclosing(self._engine.run(state, accept=start.accept)) as blocks:
                 async for block in blocks:
                     if self._block is None and not start.inherited:
@@ -157,7 +160,7 @@ class Supervisor:
                 raise
             await self._end_failed(failed := _cancelled_itself())
             raise failed from error
-        except SystemExit as error:  # would end the service's loop, and every other operation with it
+        except (SystemExit, KeyboardInterrupt) as error:  # would end the service's loop, and every other operation
             await self._end_failed(failed := StrategyError(f"the strategy's code ended its process: {error!r}"))
             raise failed from error
         except (CheckpointMismatchError, CheckpointCorruptedError) as error:
@@ -287,13 +290,20 @@ class Supervisor:
                 await self._turn.enter()
 
     async def _slow_down(self, bar_index: int, throttle: float) -> None:
-        ahead = (bar_index + 1 - self._first_bar) / throttle - (self._clock() - self._began)
-        if ahead > 0:
+        now = self._clock()
+        at, bar = self._paced or (self._began, self._first_bar - 1)
+        self._paced = max(now, at + (bar_index - bar) / throttle), bar_index  # what was lost isn't made good for
+        if self._paced[0] > now:
             self._turn.leave()
-            await anyio.sleep(ahead)
+            await anyio.sleep(self._paced[0] - now)
             await self._turn.enter()
 
     # Ends.
+
+    async def abandon(self) -> None:
+        """Saves the last boundary of a run whose task doesn't end, as its strategy lets no cancellation through."""
+        state = self._state() if self._engine.boundary.bar_index >= 0 else None
+        await self.ends.write(End(Status.INTERRUPTED), CheckpointType.SHUTDOWN, state, CancellationError("", ""))
 
     async def _complete(
         self, results: BacktestResults, outcome: Outcome, closing: BacktestCheckpointState

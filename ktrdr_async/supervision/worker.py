@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from weakref import WeakSet
 
 import anyio
 
 from ktrdr_async.backtesting.request import BacktestRequest
 from ktrdr_async.backtesting.results import BacktestResults
+from ktrdr_async.checkpoint.service import CheckpointService
 from ktrdr_async.errors import (
     InputError,
     InvalidTransitionError,
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ktrdr_async.supervision")
 
 POLL_SECONDS = 0.25
+ABANDON_SECONDS = 5.0  # for saving what a task that doesn't end has left
+
+_open_workers: WeakSet[BacktestWorker] = WeakSet()
 
 
 class RunOptions(TypedDict, total=False):
@@ -91,6 +96,7 @@ class BacktestWorker:
         self.debts = Debts()  # ends that couldn't be written yet
         self._closing = False
         self.owner = Owner.this_process()
+        _open_workers.add(self)
         self.heart: Heart | None = None  # set by `open`
         self.last_line: LastLine | None = None  # where final saves go; set by `open`
 
@@ -171,7 +177,8 @@ class BacktestWorker:
             if not task.cancelled() and (error := task.exception()) is not None:
                 logger.warning("%s, an orphan, ended: %s: %s", task.get_name(), type(error).__name__, error)
 
-        for orphan in await self.operations.orphans():
+        running = await self.operations.list(statuses=[Status.RUNNING], limit=10_000)
+        for orphan in [*await self.operations.orphans(), *filter(self.is_left_over, running)]:
             self._resume(orphan.operation_id).task.add_done_callback(tell)
 
     # Running.
@@ -432,7 +439,10 @@ class BacktestWorker:
                 while row.status is Status.RUNNING and row.cancel_requested:
                     await anyio.sleep(POLL_SECONDS / 2)
                     row = await self.operations.get(operation_id)
-                    if row.owner is not None and is_alive(row.owner) is False:
+                    if self.is_left_over(row):
+                        claim = await self.operations.claim(operation_id, owner=self.owner, take_over=True)
+                        await CheckpointService(self.database, claim).finish(Status.CANCELLED, state=None)
+                    elif row.owner is not None and is_alive(row.owner) is False:
                         row = await self.operations.cancel(operation_id)  # it died before it heard of it
         except InvalidTransitionError:
             return await self.operations.get(operation_id)
@@ -465,9 +475,13 @@ class BacktestWorker:
         if not tasks:
             return
         _, late = await asyncio.wait(tasks, timeout=self._shutdown_seconds)
-        if late:
-            await self.database.terminate()  # what still waits for an answer ends with its connection
-            await asyncio.wait(late)
+        if not late:
+            return
+        stubborn = [actor for actor in list(self._actors.values()) if actor.task in late]
+        saves = [asyncio.create_task(actor.abandon()) for actor in stubborn]
+        await asyncio.wait(saves, timeout=ABANDON_SECONDS)
+        await self.database.terminate()  # what still waits for an answer ends with its connection
+        await asyncio.wait([*late, *saves], timeout=ABANDON_SECONDS)
 
     async def _leave(self, heart: asyncio.Task[None]) -> None:
         try:
@@ -477,3 +491,9 @@ class BacktestWorker:
             await asyncio.wait({heart})
             if self.debts:
                 await self.debts.pay(seconds=2.0)
+            _open_workers.discard(self)
+
+    def is_left_over(self, row: Operation) -> bool:
+        """Whether a row says that this process runs it, and none of its workers does: its end couldn't be written."""
+        mine = row.status is Status.RUNNING and row.owner == self.owner
+        return mine and not any(row.operation_id in worker._running for worker in _open_workers)

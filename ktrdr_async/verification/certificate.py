@@ -64,7 +64,7 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     ok: bool
     strategy: str
     parameters: dict[str, Any]
-    source: str  # "builtin:N", or the digest of the strategy's source
+    source: dict[str, str]  # module -> digest of its source; {"builtin": N} for the package's own
     symbols: tuple[str, ...]
     bars: int
     first: str  # time of the first bar, ISO 8601, UTC

@@ -67,7 +67,7 @@ class Trials:
         self._children = Children(directory, job.strategy, job.bars)
         self._unmakeable = unmakeable(job.strategy)
         self._reference = Reference(directory, job.strategy, job.bars.symbols)
-        self._built_in = identity_of(job.strategy).source.startswith("builtin:")
+        self._built_in = identity_of(job.strategy).built_in
 
     def close(self) -> None:
         """Gives its files up."""

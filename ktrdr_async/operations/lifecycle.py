@@ -142,7 +142,7 @@ class Answer(msgspec.Struct, frozen=True):
     """What the database says to one beat."""
 
     operation_id: str
-    kind: Literal["ours", "busy", "lost"]  # busy: a save or a claim holds the row at this moment; ask again
+    kind: Literal["ours", "busy", "ended", "lost"]  # busy: a save or a claim holds the row at this moment; ask again
     cancel: bool
     paused: bool
 

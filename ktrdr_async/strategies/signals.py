@@ -30,7 +30,8 @@ class Signals(WeightStrategy):
     The first column, or a Parquet file's index of times, names bars. A number in a bar's row is the symbol's target
     there, an order to go to it, once; an empty cell or NaN keeps what is. It was decided knowing that bar, and fills at
     the next one. Every symbol needs its column, and other columns aren't looked at; with one symbol and one column, the
-    column may also be called signal, weight, target, position, quantity, units or value. Times increase, and each is a bar's.
+    column may also be called signal, weight, target, position, quantity, units or value. Times increase, and each is
+    a bar's.
 
     Args:
         file: path of the file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +29,7 @@ logger = logging.getLogger("ktrdr_async.supervision")
 BEAT_SECONDS = 5.0
 BUSY_SECONDS = 0.25  # until the next beat where a save held a row: what it would have told mustn't wait
 GATHER_SECONDS = 0.02
+ENDED_BEATS = 20
 
 
 class Running(msgspec.Struct):
@@ -37,6 +39,7 @@ class Running(msgspec.Struct):
     mailbox: Mailbox
     progress: Callable[[], Progress]
     row_paused: bool = False  # what the row said last: a pause from elsewhere is told once
+    ended: int = 0  # beats in a row that found it ended under our own claim
 
 
 class LastLine:
@@ -103,8 +106,8 @@ class Heart:
                     await self._woken.wait()
                     await anyio.sleep(GATHER_SECONDS)  # many may begin at once: one beat serves them all
         finally:
-            if self._listening is not None and not self._listening.is_closed():
-                with anyio.move_on_after(1.0, shield=True):
+            with anyio.move_on_after(1.0, shield=True), contextlib.suppress(asyncpg.InterfaceError, OSError):
+                if self._listening is not None and not self._listening.is_closed():
                     await self._listening.remove_listener(CHANNEL, self._hear)
 
     async def _beat(self, connection: Any) -> None:
@@ -118,8 +121,10 @@ class Heart:
             running = asked[answer.operation_id]
             if self._running.get(answer.operation_id) is not running:
                 continue  # it has ended meanwhile, and may run again under another claim, which this isn't about
-            self._busy |= answer.kind == "busy"
-            if answer.kind == "lost":
+            self._busy |= answer.kind in ("busy", "ended")
+            running.ended = running.ended + 1 if answer.kind == "ended" else 0
+            # Its own end is a moment ahead of its leaving `running`; where it stays there, somebody else ended it.
+            if answer.kind == "lost" or running.ended > ENDED_BEATS:
                 running.mailbox.end(Ending.LOST)
             elif answer.cancel:
                 running.mailbox.end(Ending.CANCEL)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ktrdr_async.supervision")
 
 POLL_SECONDS = 0.25
-ABANDON_SECONDS = 5.0  # for saving what a task that doesn't end has left
+ABANDON_SECONDS = 2.0  # for saving what a task that doesn't end has left
 
 _open_workers: WeakSet[BacktestWorker] = WeakSet()
 

@@ -164,7 +164,9 @@ async def test_list_and_checkpoints(cli: Cli) -> None:
     assert cli.run("checkpoints", "delete", "broken", "--yes", "--json").json["checkpoint"] is None
     dry = cli.run("checkpoints", "clean", "--older-than-days", "0", "--dry-run", "--json").json
     assert sorted(dry["would_delete"]) == ["broken", "done"]
-    swept = cli.run("checkpoints", "clean", "--older-than-days", "0")
+    asked = cli.run("checkpoints", "clean", "--older-than-days", "0", "--json")  # and nobody is there to answer
+    assert (asked.code, asked.json["error"]["code"]) == (1, "not_confirmed")
+    swept = cli.run("checkpoints", "clean", "--older-than-days", "0", "--yes")
     assert sorted(swept.out.split()) == ["broken", "done"]
     assert cli.run("checkpoints", "clean", "--json").json == {"deleted": [], "would_delete": []}
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from pathlib import Path
+
 import msgspec
 import pytest
 
@@ -135,27 +139,43 @@ async def test_a_fork_keeps_the_past_and_changes_what_follows(dsn: str) -> None:
             await worker.fork("three", "four", changes={"lot_size": 2.0}, strategy=Climber())
 
 
-async def test_an_accepted_mismatch_is_remembered_for_ever(dsn: str) -> None:
-    class Other(Climber):
-        """Another class, and so another source."""
+SOURCE = """
+import ktrdr_async as kt
 
-    Other.__qualname__, Other.__module__ = Climber.__qualname__, Climber.__module__
+LEVEL = {level}
+
+class Own(kt.Strategy):
+    def on_bar(self, bar):
+        bar.target_weight(0, LEVEL if bar.index % 50 < 25 else 0.0)
+"""
+
+
+async def test_an_accepted_mismatch_is_remembered_for_ever(
+    dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, level in (("descent_one", 0.5), ("descent_two", 0.4)):
+        (tmp_path / f"{name}.py").write_text(SOURCE.format(level=level))
+    one, two = (importlib.import_module(name).Own for name in ("descent_one", "descent_two"))
     async with kt.BacktestWorker.open(dsn) as worker:
-        handle = worker.start(request(LONG), "one", strategy=Climber(), throttle=20_000)
+        handle = worker.start(request(LONG), "one", strategy=one(), throttle=20_000)
         async for now in handle.progress(0.01):
             if now.bar_index > 1000:
                 break
         await handle.cancel()
-        with pytest.raises(kt.CheckpointMismatchError, match="strategy_source"):
-            await worker.resume("one", strategy=Other())
+        # The same class after an edit of what it uses: another module of the same name.
+        two.__module__, two.__qualname__ = "descent_one", "Own"
+        sys.modules["descent_one"] = sys.modules["descent_two"]
+        with pytest.raises(kt.CheckpointMismatchError, match=r"strategy_source\.descent_one"):
+            await worker.resume("one", strategy=two())
         assert (await worker.operations.get("one")).status is kt.Status.CANCELLED
-        handle = worker.resume_handle("one", strategy=Other(), accept_mismatch=True, throttle=20_000)
+        handle = worker.resume_handle("one", strategy=two(), accept_mismatch=True, throttle=20_000)
         async for now in handle.progress(0.01):
             if now.bar_index > 3000:
                 break
         await handle.cancel()
-        results = await worker.resume("one", strategy=Other())  # the new checkpoint is of the new source
+        results = await worker.resume("one", strategy=two())  # the new checkpoint is of the new source
         assert len(results.accepted_mismatches) == 1
-        assert "strategy_source" in results.accepted_mismatches[0]
+        assert "strategy_source.descent_one" in results.accepted_mismatches[0]
         assert any("went on in spite of a difference" in warning for warning in results.warnings)
         assert (await worker.results("one")).accepted_mismatches == results.accepted_mismatches

@@ -370,5 +370,5 @@ async def test_changed_code_on_resume_names_it(dsn: str, tmp_path: Path, monkeyp
     async with BacktestWorker.open(dsn, allow=("my_changing_code",)) as worker:
         with pytest.raises(kt.CheckpointMismatchError) as caught:
             await worker.resume("op")
-        assert list(caught.value.differences) == ["strategy_source"]
+        assert list(caught.value.differences) == ["strategy_source.my_changing_code"]
         assert standing(await worker.operations.get("op")) == was

@@ -168,7 +168,7 @@ async def test_original_fault_no_checkpoint_after_a_resume(worker: BacktestWorke
     assert results.digest == await held_digest()
     assert results.run.resumed_from == [299, 399, 599, 799]
     assert results.run.checkpoints_failed == 0
-    assert results.run.checkpoints_saved == 2
+    assert results.run.checkpoints_saved == 14, "by all runs together"
 
 
 async def test_original_fault_the_bar_index_was_relative_to_the_resume(worker: BacktestWorker) -> None:

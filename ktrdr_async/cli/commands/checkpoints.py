@@ -160,8 +160,15 @@ def delete_checkpoint(
         context: this command line.
     """
     context.use(out)
-    if not yes and not context.confirm(f"Delete the checkpoint of {operation}? Its next run starts at bar 0."):
-        return _kept(context)
+
+    async def find(_: Database, operations: OperationsService) -> Operation:
+        return await operations.get(operation)
+
+    found = context.look(where, find)
+    if found.checkpoint_bar is not None and found.status.value not in ("running", "completed"):
+        question = f"Delete {operation}'s checkpoint of bar {found.checkpoint_bar:,}? Its next run starts at bar 0."
+        if not yes and not context.confirm(question):
+            return _kept(context)
 
     async def work(_: Database, operations: OperationsService) -> Operation:
         await operations.delete_checkpoint(operation)

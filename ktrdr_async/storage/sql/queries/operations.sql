@@ -34,7 +34,8 @@ RETURNING epoch;
 
 -- name: heartbeat
 -- One statement for all operations of a worker. SKIP LOCKED: a row that a save holds is busy, not lost, and one slow save
--- must not starve the lease of all the others. What wasn't written is judged by the statement's snapshot.
+-- must not starve the lease of all the others. What wasn't written is judged by the statement's snapshot. Ended: still
+-- under this claim, so most likely by the owner itself a moment ago.
 WITH beat AS (
     SELECT * FROM unnest($1::text[], $2::bigint[], $3::uuid[], $4::text[]) AS b (operation_id, epoch, owner_token, progress)
 ), held AS (
@@ -51,6 +52,7 @@ WITH beat AS (
 SELECT b.operation_id,
     CASE WHEN w.operation_id IS NOT NULL THEN 'ours'
         WHEN o.epoch = b.epoch AND o.owner_token = b.owner_token AND o.status = 'running' THEN 'busy'
+        WHEN o.epoch = b.epoch AND o.owner_token = b.owner_token THEN 'ended'
         ELSE 'lost' END AS kind,
     COALESCE(w.cancel_epoch = w.epoch, o.cancel_epoch = o.epoch AND o.epoch = b.epoch, false) AS cancel,
     COALESCE(w.paused, o.paused, false) AS paused

@@ -13,6 +13,7 @@ from ktrdr_async.cli.output import Output, blank
 from ktrdr_async.cli.tables import (
     moment,
     number,
+    owner_is_dead,
     print_digest,
     print_pairs,
     print_summary,
@@ -53,6 +54,7 @@ def described(row: Operation, dsn: str | None = None) -> dict[str, Any]:
         "request": row.request,
         "parent": None if row.parent is None else row.parent.operation_id,
         "warnings": result.get("warnings") or [],
+        "owner_dead": owner_is_dead(row),
         "attempts": row.attempts,
         "created_at": moment(row.created_at),
         "updated_at": moment(updated(row)),

@@ -165,7 +165,7 @@ def _cells(row: Operation) -> tuple[str, ...]:
     bar = f"{'-' if done is None else f'{done:,}'}/{'-' if bars is None else f'{bars:,}'}"
     return (
         row.operation_id,
-        row.status.value,
+        row.status.value + (" (dead)" if owner_is_dead(row) else ""),
         str(row.request.get("strategy")),
         shown,
         bar,
@@ -185,6 +185,13 @@ def progress_of(row: Operation) -> tuple[int | None, int | None]:
     if row.checkpoint_bar is not None:
         bar = max(bar, row.checkpoint_bar)
     return (bar if bar >= 0 else None), bars
+
+
+def owner_is_dead(row: Operation) -> bool:
+    """Whether a row says `running`, and its process is known to be gone: `resume` takes it over at once."""
+    from ktrdr_async.operations.lifecycle import Status, is_alive
+
+    return row.status is Status.RUNNING and row.owner is not None and is_alive(row.owner) is False
 
 
 def updated(row: Operation) -> datetime:

@@ -135,7 +135,7 @@ class StrategyBase(metaclass=StrategyMeta):
         for name, value in self._parameters.items():
             try:
                 found[name] = msgspec.json.decode(msgspec.json.encode(value))
-            except TypeError:
+            except (TypeError, ValueError):
                 found[name] = f"<{type(value).__name__}>"
         return found
 

@@ -9,9 +9,12 @@ from cyclopts import Parameter
 from ktrdr_async.cli.context import Context
 from ktrdr_async.cli.failures import Failure
 from ktrdr_async.cli.options import USUAL_DATABASE, USUAL_OUTPUT, DatabaseOptions, OutputOptions
+from ktrdr_async.errors import InvalidTransitionError
 
 if TYPE_CHECKING:
     from ktrdr_async.operations.lifecycle import Operation
+
+ANSWER_SECONDS = 30.0  # for the owner to hear of it and to save
 
 
 def cancel(
@@ -36,7 +39,16 @@ def cancel(
         from ktrdr_async.supervision.worker import BacktestWorker
 
         async with BacktestWorker.open(where.dsn) as worker:
-            return await worker.cancel(operation)
+            try:
+                return await worker.cancel(operation, timeout=ANSWER_SECONDS)
+            except TimeoutError:
+                row = await worker.operations.get(operation)
+                owner = "its process" if row.owner is None else f"process {row.owner.pid} on {row.owner.host}"
+                raise InvalidTransitionError(
+                    operation,
+                    f"{owner} was told to end {operation}, and hasn't answered in {ANSWER_SECONDS:.0f} s",
+                    hint=f"it ends when it hears of it; else end that process and cancel again: {operation}",
+                ) from None
 
     row = context.drive(work)
     from ktrdr_async.cli.described import described

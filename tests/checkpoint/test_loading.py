@@ -81,7 +81,7 @@ async def test_r1_the_heads_floats_come_back_equal_in_every_bit(database: Databa
         positions=[PositionState("A", -3, 1, x, -x, x, math.nan) for x in HARD],
         waiting=[WaitingOrder(0, -5, "order", None), WaitingOrder(1, 5, "order", "täg \" ' \\ \u2028")],
         counters=Counters(zero_lots=[1, 2], zero_lots_first=[(-0.0, 1e16), None]),
-        manifest=Manifest({"a": -0.0}, "b", "s", "builtin:1", "d", 1, None, {"python": "3"}),
+        manifest=Manifest({"a": -0.0}, "b", "s", {"builtin": "1"}, "d", 1, None, {"python": "3"}),
         strategy_state=bytes(range(256)),
         state_digest="ab",
     )

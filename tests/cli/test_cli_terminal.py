@@ -96,6 +96,11 @@ async def test_progress_is_a_bar_and_a_typed_ctrl_c_saves(cli: Cli) -> None:
         assert terminal.seen.endswith("resume typed\r\n")  # the bar is gone, the cursor is back
         assert terminal.seen.rfind("\x1b[?25h") > terminal.seen.rfind("\x1b[?25l")
     assert cli.show("typed")["status"] == "cancelled"
+    with on_terminal(cli, "checkpoints", "delete", "typed") as terminal:
+        terminal.until("[y/N]")
+        terminal.type("\x03")
+        assert terminal.end() == 130
+        assert "Traceback" not in terminal.seen
     for answer, left in (("n", True), ("y", False)):
         with on_terminal(cli, "checkpoints", "delete", "typed") as terminal:
             terminal.until("[y/N]")
@@ -103,10 +108,8 @@ async def test_progress_is_a_bar_and_a_typed_ctrl_c_saves(cli: Cli) -> None:
             assert terminal.end() == (1 if left else 0)
         assert (cli.show("typed")["checkpoint"] is not None) is left
     with on_terminal(cli, "checkpoints", "delete", "typed") as terminal:
-        terminal.until("[y/N]")
-        terminal.type("\x03")
-        assert terminal.end() == 130
-        assert "Traceback" not in terminal.seen
+        terminal.until("typed has no checkpoint")
+        assert terminal.end() == 0
 
 
 async def test_a_terminal_that_is_closed_interrupts_with_a_checkpoint(cli: Cli) -> None:

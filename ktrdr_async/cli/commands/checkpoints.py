@@ -179,7 +179,10 @@ def delete_checkpoint(
         from ktrdr_async.cli.described import described
 
         context.output.emit(described(row, where.dsn))
-    context.output.note(f"the checkpoint of {row.operation_id} is deleted")
+    had = found.checkpoint_bar is not None
+    context.output.note(
+        f"the checkpoint of {row.operation_id} is deleted" if had else f"{row.operation_id} has no checkpoint"
+    )
     return 0
 
 

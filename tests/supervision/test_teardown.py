@@ -21,7 +21,6 @@ from supervision_runs import (
     row_held,
     standing,
     stored_request,
-    until,
 )
 
 from ktrdr_async.supervision.worker import BacktestWorker
@@ -94,7 +93,7 @@ async def test_main_is_cancelled_under_its_runs(dsn: str) -> None:
 
 
 async def test_a_save_that_the_teardown_cancels_is_made_again(dsn: str) -> None:
-    saving = threading.Event()
+    at_the_gate, locked, saving = threading.Event(), threading.Event(), threading.Event()
     keep: list[Any] = []
 
     async def main() -> None:
@@ -102,19 +101,18 @@ async def test_a_save_that_the_teardown_cancels_is_made_again(dsn: str) -> None:
         keep.append(opened)
         worker = await opened.__aenter__()
         handle, _ = await held(worker)
+        at_the_gate.set()
+        await asyncio.to_thread(locked.wait, 60)
         keep.append(asyncio.create_task(handle.cancel()))
-        await asyncio.to_thread(saving.wait)  # the save waits for the row; now everything here is cancelled
+        await asyncio.to_thread(saving.wait, 60)  # the save waits for the row; now everything here is cancelled
 
     async with BacktestWorker.open(dsn) as worker:
         await worker.operations.create("op", await stored_request(Held(Gate())))
         running = asyncio.create_task(anyio.to_thread.run_sync(in_a_loop_of_its_own, main))
 
-        async def claimed() -> bool:
-            row = await worker.operations.get("op")
-            return row.progress is not None or row.status.value == "running"
-
-        await until(claimed, "it runs")
+        assert await anyio.to_thread.run_sync(at_the_gate.wait, 60)
         async with row_held(dsn, "op") as until_blocked:
+            locked.set()
             await until_blocked()
             saving.set()
             await until_blocked(2)  # the save that was cut off, which the server knows nothing of, and the new one

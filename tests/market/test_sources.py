@@ -17,6 +17,9 @@ from hypothesis import strategies as st
 from ktrdr_async.errors import DataError, DataNotAllowedError
 from ktrdr_async.market import Bars
 
+# pandas 2.3 on numpy 2.5, in its own arithmetic of times.
+pytestmark = pytest.mark.filterwarnings("ignore:The 'generic' unit for NumPy:DeprecationWarning")
+
 HOUR = 3_600 * 10**9
 HEADER = "Date,Open,High,Low,Close,Volume"
 ROWS = (

@@ -202,7 +202,7 @@ def test_agrees_with_pandas(n: int) -> None:
     close = prices(np.random.default_rng(n), 500, 2)[2]
     frame = pd.DataFrame(close)
     np.testing.assert_allclose(indicators.sma(close, n), frame.rolling(n).mean(), rtol=1e-12)
-    np.testing.assert_allclose(indicators.rolling_std(close, n), frame.rolling(n).std(), rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(indicators.rolling_std(close, n), frame.rolling(n).std(), rtol=1e-7, atol=1e-8)
     np.testing.assert_array_equal(indicators.rolling_max(close, n), frame.rolling(n).max())
     np.testing.assert_array_equal(indicators.rolling_min(close, n), frame.rolling(n).min())
     np.testing.assert_array_equal(indicators.lag(close, n), frame.shift(n))

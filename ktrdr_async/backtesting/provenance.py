@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ktrdr_async.checkpoint.schemas import BacktestCheckpointState
 
 _OWN = "ktrdr_async.strategies."
+_LIBRARIES = frozenset({"site-packages", "dist-packages"})
 
 
 class StrategyIdentity(msgspec.Struct, frozen=True):
@@ -57,15 +58,15 @@ def _sources_of(kind: type) -> Mapping[str, str]:
     if kind.__module__.startswith(_OWN):
         return MappingProxyType({"builtin": str(getattr(kind, "version", 1))})
     found: dict[str, str] = {}
-    waiting = [cls.__module__ for cls in kind.__mro__ if not cls.__module__.startswith("ktrdr_async.")]
+    bases = {cls.__module__ for cls in kind.__mro__ if not cls.__module__.startswith("ktrdr_async.")}
+    waiting = sorted(bases)
     root = _folder_of(sys.modules.get(kind.__module__))
     while waiting:
         name = waiting.pop()
         module = sys.modules.get(name)
         if name in found or name == "builtins" or module is None:
             continue
-        beside = root is not None and (_folder_of(module) or Path()).is_relative_to(root)
-        if name != kind.__module__ and not (beside and "site-packages" not in str(module.__file__)):
+        if name not in bases and not _lies_beside(module, root):
             continue
         found[name] = _digest_of(module, kind)
         for value in list(vars(module).values()):
@@ -76,6 +77,13 @@ def _sources_of(kind: type) -> Mapping[str, str]:
         if cls.__module__.startswith(_OWN) and hasattr(cls, "version"):
             found[f"{cls.__module__}:{cls.__qualname__}"] = str(vars(cls).get("version", 1))
     return MappingProxyType(found)
+
+
+def _lies_beside(module: ModuleType, root: Path | None) -> bool:
+    folder = _folder_of(module)
+    if root is None or folder is None or root.name in _LIBRARIES or not folder.is_relative_to(root):
+        return False
+    return _LIBRARIES.isdisjoint(folder.relative_to(root).parts)
 
 
 def _folder_of(module: ModuleType | None) -> Path | None:

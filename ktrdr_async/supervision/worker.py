@@ -496,4 +496,8 @@ class BacktestWorker:
     def is_left_over(self, row: Operation) -> bool:
         """Whether a row says that this process runs it, and none of its workers does: its end couldn't be written."""
         mine = row.status is Status.RUNNING and row.owner == self.owner
-        return mine and not any(row.operation_id in worker._running for worker in _open_workers)
+        named = row.operation_id
+        here = (
+            named in worker._running or (worker is not self and named in worker._actors) for worker in _open_workers
+        )
+        return mine and not any(here)

@@ -78,6 +78,20 @@ async def test_an_extension_is_cancelled_and_resumed_like_any_run(dsn: str) -> N
         assert (await worker.resume("long", strategy=Climber())).digest == whole.digest
 
 
+async def test_what_was_inherited_is_saved_at_the_first_boundary(dsn: str) -> None:
+    never = kt.CheckpointPolicy(10**9, time_interval_seconds=1e9)
+    async with kt.BacktestWorker.open(dsn) as worker:
+        await worker.run(request(SHORT), "short", strategy=Climber(), keep_state=True)
+        handle = await worker.extend_handle(
+            "short", "long", changes={"data": LONG}, strategy=Climber(), policy=never, throttle=500
+        )
+        async for now in handle.progress(0.01):
+            if now.bar_index >= 4299:
+                break
+        assert (await worker.operations.get("long")).checkpoint_bar == 4199
+        await handle.cancel()
+
+
 async def test_an_extension_that_died_before_its_first_save_begins_at_its_parents_end(dsn: str) -> None:
     whole = await kt.backtest(None, Climber(), request=request(LONG))
     async with kt.BacktestWorker.open(dsn) as worker:

@@ -8,11 +8,50 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+from campaigns import Figures
 from homes import make_home, remove_home, seed
 
 from ktrdr_async.storage.database import DATABASE_VARIABLE, Database
 from ktrdr_async.storage.embedded import EmbeddedServer
 from ktrdr_async.storage.places import HOME_VARIABLE
+
+
+SEED = 20261125
+FIGURES = pytest.StashKey[Figures]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=SEED, help=f"of everything that tests draw at random ({SEED})")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[FIGURES] = Figures()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"seed: {config.getoption('seed')}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The seed that repeats what failed, and the figures that were reached."""
+    if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
+        terminalreporter.write_line(f"to repeat: --seed {config.getoption('seed')}")
+    if rows := config.stash[FIGURES].rows:
+        terminalreporter.section("figures")
+        for what, reached in rows:
+            terminalreporter.write_line(f"{what}: {reached}")
+
+
+@pytest.fixture(scope="session")
+def campaign_seed(pytestconfig: pytest.Config) -> int:
+    """Of all random draws of a campaign: `--seed`."""
+    return int(pytestconfig.getoption("seed"))
+
+
+@pytest.fixture(scope="session")
+def figures(pytestconfig: pytest.Config) -> Figures:
+    """Takes what a campaign has reached, for the summary."""
+    return pytestconfig.stash[FIGURES]
 
 
 @pytest.fixture(scope="session")

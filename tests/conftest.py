@@ -15,7 +15,6 @@ from ktrdr_async.storage.database import DATABASE_VARIABLE, Database
 from ktrdr_async.storage.embedded import EmbeddedServer
 from ktrdr_async.storage.places import HOME_VARIABLE
 
-
 SEED = 20261125
 FIGURES = pytest.StashKey[Figures]()
 

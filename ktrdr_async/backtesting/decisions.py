@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,29 +19,58 @@ if TYPE_CHECKING:
     from ktrdr_async.market import Bars
 
 
+_HASHED_ROWS = 4096  # rows that are hashed at a time
+
+
+class Targets:
+    """Targets that are known before the run: where there is one, its place in n rows of k symbols, and its value."""
+
+    def __init__(self, places: NDArray[np.int64], values: NDArray[np.float64], shape: tuple[int, int]) -> None:
+        self.places = places  # int64[m], row * k + symbol, increasing
+        self.values = values  # float64[m], weights, or signed units
+        self.shape = shape
+
+    def between(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        """Bars, symbols and values of the targets at bars start..stop-1."""
+        k = self.shape[1]
+        first, last = np.searchsorted(self.places, (start * k, stop * k))
+        places = self.places[first:last]
+        return places // k, places % k, self.values[first:last]
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float64]:
+        """The rows start..stop-1 as float64[stop - start, k], NaN where there is no target."""
+        bars, symbols, values = self.between(start, stop)
+        found = np.full((stop - start, self.shape[1]), np.nan)
+        found[bars - start, symbols] = values
+        return found
+
+
 class Decided:
-    """The rows that `prepare`, `target_weights` or `target_quantities` gave.
+    """What `prepare`, `target_weights` or `target_quantities` gave.
 
     A digest of the rows up to a bar goes into every checkpoint: other rows on resume mean other code, other numbers,
-    hidden
-    randomness, or rows that knew later bars.
+    hidden randomness, or rows that knew later bars.
     """
 
     def __init__(self, warmup: int) -> None:
         self.warmup = warmup
         self.by_weight = True
-        self._columns: dict[str, NDArray[np.float64]] = {}
+        self._columns: dict[str, NDArray[np.float64] | Targets] = {}
         self._hashes: dict[str, Any] = {}
         self._hashed = 0
 
     @property
     def columns(self) -> Mapping[str, NDArray[np.float64]]:
-        """What was kept, by name; not to be written."""
-        return MappingProxyType(self._columns)
+        """What was kept, as rows, by name; not to be written."""
+        found = {
+            name: kept.rows(0, kept.shape[0]) if isinstance(kept, Targets) else kept
+            for name, kept in self._columns.items()
+        }
+        return MappingProxyType(found)
 
-    def keep(self, name: str, rows: NDArray[np.float64]) -> None:
-        """Takes float64[n] or float64[n, m] under a name."""
-        self._columns[name] = np.ascontiguousarray(rows)
+    def keep(self, name: str, kept: NDArray[np.float64] | Targets) -> None:
+        """Takes targets, float64[n] or float64[n, m] under a name."""
+        self._columns[name] = kept if isinstance(kept, Targets) else np.ascontiguousarray(kept)
         self._hashed, self._hashes = 0, {}
 
     def digest(self, upto: int) -> str:
@@ -50,14 +79,27 @@ class Decided:
         if stop < self._hashed or not self._hashes:
             self._hashed = 0
             self._hashes = {name: hashlib.sha256(name.encode()) for name in sorted(self._columns)}
-        for name, found in self._hashes.items():
-            found.update(self._columns[name][self._hashed : stop].astype("<f8", copy=False).tobytes())
+        for start in range(self._hashed, stop, _HASHED_ROWS):
+            end = min(stop, start + _HASHED_ROWS)
+            for name, found in self._hashes.items():
+                kept = self._columns[name]
+                rows = kept.rows(start, end) if isinstance(kept, Targets) else kept[start:end]
+                found.update(rows.astype("<f8", copy=False).tobytes())
         self._hashed = stop
         return hashlib.sha256(b"".join(found.digest() for found in self._hashes.values())).hexdigest()
 
 
-def checked_targets(strategy: WeightStrategy, bars: Bars, lot_size: float, decided: Decided) -> NDArray[np.float64]:
-    """The strategy's targets as float64[n, k]: weights, or lots where it gives quantities (`decided.by_weight` tells).
+def checked_targets(
+    strategy: WeightStrategy, bars: Bars, lot_size: float, decided: Decided, kernels: ModuleType | None = None
+) -> Targets:
+    """The strategy's targets: weights, or signed units where it gives quantities (`decided.by_weight` tells).
+
+    Args:
+        strategy: whose.
+        bars: over what.
+        lot_size: units in a lot.
+        decided: takes them.
+        kernels: the compiled indicators, for a built-in strategy that has its decisions in them too.
 
     Raises:
         OrderError: if a target can't be traded; it names bar and symbol.
@@ -74,33 +116,60 @@ def checked_targets(strategy: WeightStrategy, bars: Bars, lot_size: float, decid
             hint="implement one of them, or both and `by_weight`, which says for each object which one counts",
         )
     method = "target_weights" if weights else "target_quantities"
-    rows = _as_rows(
-        f"{name}.{method}", strategy.target_weights(bars) if weights else strategy.target_quantities(bars), bars
-    )
+    found = strategy.compiled_targets(bars, kernels) if kernels is not None else None
+    if found is None:
+        given = strategy.target_weights(bars) if weights else strategy.target_quantities(bars)
+        found = _places_in(f"{name}.{method}", given, bars)
+    first = int(np.searchsorted(found[0], max(0, strategy.warmup - 1) * bars.k))
+    targets = Targets(found[0][first:], found[1][first:], (len(bars), bars.k))
+    _check(targets, bars, f"{name}.{method}", None if weights else lot_size)
+    decided.by_weight = weights
+    decided.keep(method, targets)
+    return targets
+
+
+def _places_in(what: str, given: Any, bars: Bars) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    rows = _as_rows(what, given, bars)
     if rows.ndim == 1:
         rows = rows[:, None]
-    if rows.shape != (len(bars), len(bars.symbols)):
-        raise StrategyError(f"{name}.{method} gave shape {rows.shape}; it must be {(len(bars), len(bars.symbols))}")
-    rows = rows.copy()
-    rows[: max(0, strategy.warmup - 1)] = np.nan
-    present = ~np.isnan(rows)
-    _refuse(np.isinf(rows), rows, bars, f"{name}.{method}", "is not finite")
-    if weights:
-        _refuse(
-            present & (np.abs(rows) > 1.0), rows, bars, f"{name}.{method}", "is outside -1..1; there is no leverage"
-        )
-    early = np.arange(len(bars))[:, None] < np.asarray(bars.first_bar)[None, :]
-    _refuse(present & early, rows, bars, f"{name}.{method}", "comes before the symbol's first bar")
-    decided.by_weight = weights
-    decided.keep(method, rows)
-    if weights:
-        return rows
-    size = np.abs(rows) / lot_size
-    _refuse(size >= MAX_LOTS, rows, bars, f"{name}.{method}", f"is more than 2**53 lots of {lot_size}")
+    if rows.shape != (len(bars), bars.k):
+        raise StrategyError(f"{what} gave shape {rows.shape}; it must be {(len(bars), bars.k)}")
+    flat = rows.ravel()
+    places = np.flatnonzero(flat == flat)
+    return places, flat[places]
+
+
+def _check(targets: Targets, bars: Bars, what: str, lot_size: float | None) -> None:
+    """Refuses what can't be traded; `lot_size` is None where targets are weights."""
+    values, k = targets.values, bars.k
+
+    def refuse(wrong: NDArray[np.bool_], rule: str) -> None:
+        if wrong.any():
+            m = int(np.argmax(wrong))
+            at, symbol = divmod(int(targets.places[m]), k)
+            time = str(np.datetime64(int(bars.timestamps[at]), "ns").astype("datetime64[s]")) + "Z"
+            raise OrderError(
+                f"{what}: {values[m]} of {bars.symbols[symbol]} at bar {at} ({time}) {rule}",
+                bar_index=at,
+                timestamp=time,
+            )
+
+    refuse(np.isinf(values), "is not finite")
+    if lot_size is None:
+        refuse(np.abs(values) > 1.0, "is outside -1..1; there is no leverage")
+    first = np.asarray(bars.first_bar)
+    if first.any():
+        refuse(targets.places // k < first[targets.places % k], "comes before the symbol's first bar")
+    if lot_size is not None:
+        refuse(np.abs(values) / lot_size >= MAX_LOTS, f"is more than 2**53 lots of {lot_size}")
+
+
+def lots_of(quantities: NDArray[np.float64], lot_size: float) -> NDArray[np.float64]:
+    """`execution.lots_of_quantity` of signed units, float64[m], a whole column at a time."""
+    size = np.abs(quantities) / lot_size
     lots = np.floor(size)
-    with np.errstate(invalid="ignore"):
-        lots[(lots + 1) - size <= np.minimum(1e-9 * (lots + 1), 0.5)] += 1
-        return np.where(rows < 0, -lots, lots)
+    lots[(lots + 1) - size <= np.minimum(1e-9 * (lots + 1), 0.5)] += 1
+    return np.where(quantities < 0, -lots, lots)
 
 
 def checked_features(strategy: Any, bars: Bars, given: Any, decided: Decided) -> dict[str, NDArray[np.float64]]:
@@ -141,18 +210,6 @@ def _as_rows(what: str, value: Any, bars: Bars | None) -> NDArray[np.float64]:
         given = np.asarray(value)
         if given.dtype.kind not in "biuf" and not (given.dtype.kind == "O" and given.size):
             raise TypeError(f"its dtype is {given.dtype}")
-        return given.astype(np.float64)
+        return given.astype(np.float64, copy=False)
     except (TypeError, ValueError) as error:
         raise StrategyError(f"{what} can't be read as float64: {error}") from error
-
-
-def _refuse(wrong: NDArray[np.bool_], rows: NDArray[np.float64], bars: Bars, what: str, rule: str) -> None:
-    if not wrong.any():
-        return
-    at, symbol = (int(x) for x in np.argwhere(wrong)[0])
-    time = str(np.datetime64(int(bars.timestamps[at]), "ns").astype("datetime64[s]")) + "Z"
-    raise OrderError(
-        f"{what}: {rows[at, symbol]} of {bars.symbols[symbol]} at bar {at} ({time}) {rule}",
-        bar_index=at,
-        timestamp=time,
-    )

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import numpy as np
 
+from ktrdr_async import compiling
 from ktrdr_async.backtesting import execution as ex
 from ktrdr_async.backtesting.checkpoint_builder import counters_of, recorded_values
 from ktrdr_async.backtesting.decisions import Decided, checked_features, checked_targets
 from ktrdr_async.backtesting.hooks import Hooks
-from ktrdr_async.backtesting.portfolio import AccountView, Boundary, Portfolio, Recorded, equity_curve
+from ktrdr_async.backtesting.portfolio import AccountView, Ahead, Boundary, Portfolio, Recorded, equity_curve
 from ktrdr_async.backtesting.provenance import Accept, check_past, identity_of, nothing
 from ktrdr_async.backtesting.results import BacktestResults, Unfilled
+from ktrdr_async.backtesting.tiers import INTERPRETED, TierName, tier_of
 from ktrdr_async.backtesting.turn import NoTurn, Turn
 from ktrdr_async.errors import CheckpointCorruptedError, OrderError, StrategyError
-from ktrdr_async.strategies.bar import QUANTITY, WEIGHT, Bar
+from ktrdr_async.strategies.bar import QUANTITY, WEIGHT, Bar  # the kinds have the numbers of `execution`'s
 from ktrdr_async.strategies.base import AnyStrategy, AsyncStrategy, Strategy, WeightStrategy
 from ktrdr_async.strategies.state import check_declared, check_state, decode_state, encode_state
 
@@ -29,8 +31,10 @@ if TYPE_CHECKING:
     from ktrdr_async.market import Bars
 
 BLOCK_BARS = 100
+_MOST_VALUES = 65_536  # symbol-bars of a block for whose fills there is room in compiled code
+_BARS_A_LOOK = 25  # bars between two looks at the account from which on compiled code computes it faster
+KERNELS = "ktrdr_async.strategies.kernels"
 _ENDS_MORE = (StopIteration, StopAsyncIteration, GeneratorExit, SystemExit, KeyboardInterrupt)
-_PIECE_VALUES = 256  # symbol-bars that are computed between two looks at the turn where targets are known
 _WINDOW_VALUES = 4096  # values of a column that are turned into Python floats at a time
 
 
@@ -55,6 +59,7 @@ class BacktestingEngine:
         turn: asked between bars whether to give way; without one the engine only gives the loop a turn where its
             consumer does.
         block_bars: bars between two yields.
+        tier: "auto" and "compiled" use the compiled tier where it is loaded; every bit is the same.
 
     Raises:
         UndeclaredStateError: if the strategy could change outside its `state`.
@@ -68,6 +73,7 @@ class BacktestingEngine:
         *,
         turn: Turn | None = None,
         block_bars: int = BLOCK_BARS,
+        tier: TierName = "auto",
     ) -> None:
         if block_bars < 1:
             raise ValueError(f"block_bars is {block_bars}; a block has at least one bar")
@@ -85,17 +91,17 @@ class BacktestingEngine:
         self._turn: Turn = turn or NoTurn()
         self._block_bars = block_bars
         self._k = len(bars.symbols)
-        self._piece = max(1, min(block_bars, _PIECE_VALUES // self._k))
-        self._portfolio = Portfolio(request, bars, self._piece)
         self._equity = np.full(len(bars), np.nan)
+        self._targets_known = isinstance(strategy, WeightStrategy)
+        self._tier = tier_of(tier)
+        self._portfolio = Portfolio(
+            request, bars, self._equity, self._tier if self._targets_known else INTERPRETED, block_bars
+        )
         self._decided = Decided(strategy.warmup)
-        self._targets: NDArray[np.float64] | None = None
-        self._window = (0, 0)
-        self._opens: list[float] = []
-        self._closes: list[float] = []
-        self._rows: list[float] = []
-        self._decides: list[bool] = []
+        self._window = (0, 0)  # bars whose rows the strategy's bar holds as floats
         self._boundary = self._portfolio.boundary(-1, self._initial_state)
+        self._ahead: tuple[Ahead, int] | None = None  # where the boundary is, while nobody has looked at it
+        self._state: bytes | None = None  # of a strategy whose targets are known: it doesn't change any more
         self._unfilled: tuple[Unfilled, ...] = ()
         self._bar: Bar | None = None  # with `_hooks`: None where targets are known
         self._hooks: Hooks | None = None
@@ -105,6 +111,9 @@ class BacktestingEngine:
     @property
     def boundary(self) -> Boundary:
         """The last boundary: the whole state at the last yield, also after an interruption inside a block."""
+        if self._ahead is not None:
+            ahead, m = self._ahead
+            self._boundary, self._ahead = ahead.boundary(m, self._state), None
         return self._boundary
 
     @property
@@ -148,15 +157,24 @@ class BacktestingEngine:
             await self._turn.enter()
             await self._prepare()
             first = 0 if resume_from is None else await self._restore(resume_from, accept)
-            n, size = len(self.bars), self._block_bars
+            n, size, portfolio = len(self.bars), self._block_bars, self._portfolio
             while first < n:
+                if self._targets_known and self._tier is not INTERPRETED:
+                    ahead = portfolio.advance_blocks(min(n, first + portfolio.piece))
+                    for m, block in enumerate(self._blocks(ahead)):
+                        self._ahead = ahead, m
+                        yield block
+                    first = portfolio.next_bar
+                    if self._turn.clock() >= self._turn.deadline:
+                        await self._turn.pass_on()
+                    continue
                 stop = min(n, (first // size + 1) * size)
-                if self._targets is None:
-                    await self._compute_bars(first, stop)
+                if self._targets_known:
+                    await self._compute_targets(stop)
                 else:
-                    await self._compute_targets(first, stop)
-                self._boundary = self._portfolio.boundary(stop - 1, self._encoded(first // size))
-                yield self._block()
+                    await self._compute_bars(first, stop)
+                block = self._settle(stop, self._encoded(first // size))
+                yield block
                 first = stop
             await self._close()
         finally:
@@ -165,6 +183,8 @@ class BacktestingEngine:
             object.__setattr__(self.strategy, "_running", False)
 
     def _encoded(self, block: int) -> bytes | None:
+        if self._targets_known:
+            return self._state
         # That it comes back equal is proved at the first boundaries and at each tenth: that costs more than encoding.
         state = self.strategy.state
         return check_state(state) if block < 10 or block % 10 == 0 else encode_state(state)
@@ -177,9 +197,9 @@ class BacktestingEngine:
             request=self.request,
             bars=self.bars,
             strategy=identity_of(self.strategy),
-            ledger=tuple(self._portfolio.events),
+            ledger=self._portfolio.events,
             recorded=tuple(self._portfolio.recorded),
-            counters=counters_of(self._boundary.book),
+            counters=counters_of(self.boundary.book),
             unfilled=self._unfilled,
             equity=self._equity,
             noticed=self.noticed,
@@ -193,15 +213,31 @@ class BacktestingEngine:
             at, int(self.bars.timestamps[at]), money[ex.EQUITY], money[ex.CASH], boundary.events, tally[ex.TRADES]
         )
 
+    def _settle(self, stop: int, strategy_state: bytes | None) -> Block:
+        """Brings the account to the boundary after bar stop - 1."""
+        try:
+            self._portfolio.reach(stop)
+        except OrderError as error:
+            self._name_bar(error, error.bar_index)
+            raise
+        self._boundary = self._portfolio.boundary(stop - 1, strategy_state)
+        return self._block()
+
+    def _blocks(self, ahead: Ahead) -> Iterable[Block]:
+        times = self.bars.timestamps[np.array(ahead.ends, np.int64)].tolist()
+        return map(Block, ahead.ends, times, ahead.money(ex.EQUITY), ahead.money(ex.CASH), ahead.fills, ahead.trades())
+
     # Before the first bar.
 
     async def _prepare(self) -> None:
         strategy, bars = self.strategy, self.bars
         features: dict[str, NDArray[np.float64]] = {}
         if isinstance(strategy, WeightStrategy):
-            self._targets = await self._turn.offload(
-                lambda: checked_targets(strategy, bars, self.request.lot_size, self._decided)
+            kernels = compiling.compiled(KERNELS) if self._tier is not INTERPRETED else None
+            targets = await self._turn.offload(
+                lambda: checked_targets(strategy, bars, self.request.lot_size, self._decided, kernels)
             )
+            self._portfolio.know(targets, by_weight=self._decided.by_weight)
         elif isinstance(strategy, AsyncStrategy):
             self._turn.leave()
             given = await strategy.prepare(bars)
@@ -211,10 +247,14 @@ class BacktestingEngine:
             features = await self._turn.offload(
                 lambda: checked_features(strategy, bars, strategy.prepare(bars), self._decided)
             )
-        self._boundary = self._portfolio.boundary(-1, check_state(strategy.state))
+        encoded = check_state(strategy.state)
+        self._state = encoded if self._targets_known else None
+        self._boundary = self._portfolio.boundary(-1, encoded)
         if not isinstance(strategy, WeightStrategy):
             self._hooks = Hooks(strategy, self._portfolio, self._turn)
-            self._bar = Bar(bars, features, self.request.seed, AccountView(self._portfolio, bars.symbols))
+            account = AccountView(self._portfolio, bars.symbols)
+            self._bar = Bar(bars, features, self.request.seed, account)
+            account.follow(self._bar)
             object.__setattr__(strategy, "_bar", self._bar)
 
     async def _restore(self, state: BacktestCheckpointState, accept: Accept = nothing) -> int:
@@ -236,6 +276,7 @@ class BacktestingEngine:
             raise CheckpointCorruptedError(
                 operation, f"the strategy's state doesn't fit {self._state_type}: {error}"
             ) from error
+        self._state = state.strategy_state if self._targets_known else None
         self._boundary = self._portfolio.boundary(state.bar_index, state.strategy_state)
         if not self.accepted and self._portfolio.state_digest(self._boundary) != state.state_digest:
             raise CheckpointCorruptedError(
@@ -246,75 +287,53 @@ class BacktestingEngine:
 
     # Bars.
 
-    def _load_window(self, at: int) -> None:
-        """Turns the next bars of the columns that every bar needs into flat lists of floats."""
-        stop = min(len(self.bars), at + max(1, min(512, _WINDOW_VALUES // self._k)))
-        self._opens, self._closes = self.bars.open[at:stop].ravel().tolist(), self.bars.close[at:stop].ravel().tolist()
-        if self._targets is not None:
-            window = self._targets[at:stop]
-            self._decides = cast("list[bool]", (~np.isnan(window)).any(axis=1).tolist())
-            self._rows = window.ravel().tolist()
-        self._window = (at, stop)
-        if self._bar is not None:
-            self._bar._window(at, stop)
-
-    async def _compute_targets(self, first: int, stop: int) -> None:
-        portfolio, turn, equity = self._portfolio, self._turn, [0.0] * self._piece
-        by_weight = self._decided.by_weight
-        at = first
-        while at < stop:
-            if not self._window[0] <= at < self._window[1]:
-                self._load_window(at)
-            start, end = self._window
-            count = min(self._piece, stop - at, end - at)
-            filled = ex.run_targets(
-                portfolio.book, portfolio.terms, self._k, self._opens, self._closes, self._rows, self._decides,
-                by_weight,
-                at - start, at, count, equity, portfolio.fills,
-            )  # fmt: skip
-            if filled < 0:
-                raise self._too_many_lots(-1 - filled)
-            if filled:
-                portfolio.take_fills(filled)
-            self._equity[at : at + count] = equity[:count]
-            at += count
+    async def _compute_targets(self, stop: int) -> None:
+        portfolio, turn = self._portfolio, self._turn
+        while portfolio.next_bar < stop:
+            portfolio.advance(min(stop, portfolio.next_bar + portfolio.piece))
             if turn.clock() >= turn.deadline:
                 await turn.pass_on()
 
     async def _compute_bars(self, first: int, stop: int) -> None:
         strategy = cast("Strategy | AsyncStrategy", self.strategy)
         bar = cast("Bar", self._bar)
-        portfolio, turn, k = self._portfolio, self._turn, self._k
-        book, terms, fills = portfolio.book, portfolio.terms, portfolio.fills
-        money, tally, mark, lots, lot_size = book.money, book.tally, book.mark, book.lots, terms.lot_size
-        mark_close, clock = ex.mark_one if k == 1 else ex.mark_close, turn.clock
-        waiting, waits = ex.WAITING, isinstance(strategy, AsyncStrategy)
+        portfolio, turn, clock = self._portfolio, self._turn, self._turn.clock
+        waits = isinstance(strategy, AsyncStrategy)
         on_bar: Callable[[Bar], Any] = strategy.on_bar
         begins = max(0, strategy.warmup - 1)
+        if self._tier is not INTERPRETED and not cast("Hooks", self._hooks).wanted:
+            # A call of compiled code pays for itself where it brings the account over many bars.
+            pays = portfolio.looks * _BARS_A_LOOK <= self._block_bars <= _MOST_VALUES // self._k
+            portfolio.hold_as(self._tier if pays else INTERPRETED)
+        portfolio.looks = 0
         hooks, told = cast("Hooks", self._hooks), cast("Hooks", self._hooks).wanted
-        equity: list[float] = []
-        append, deadline = equity.append, turn.deadline
+        deadline = turn.deadline
         at = first
         try:
             while at < stop:
                 if not self._window[0] <= at < self._window[1]:
-                    self._load_window(at)
+                    self._window = (at, min(len(self.bars), at + max(1, min(512, _WINDOW_VALUES // self._k))))
+                    bar._window(*self._window)
                 start, end = self._window
-                opens, closes = self._opens, self._closes
+                if not (told or waits) and at >= begins:
+                    for i in range(at - start, min(stop, end) - start):
+                        bar._i = i
+                        on_bar(bar)
+                        if bar._said:
+                            self._listen(bar)
+                        if clock() >= deadline:
+                            await turn.pass_on()
+                            deadline = turn.deadline
+                    at = min(stop, end)
+                    continue
                 for at in range(at, min(stop, end)):  # noqa: B020 - an error names it
-                    bar._i = i = at - start
-                    if tally[waiting]:
-                        filled = ex.fill_waiting(book, terms, k, opens, i * k, at, fills, 0)
-                        portfolio.take_fills(filled)
-                    else:
-                        filled = 0
-                    value = mark_close(money, mark, lots, lot_size, k, closes, i * k)
-                    append(value)
-                    if value <= 0.0 and tally[ex.RUINED_AT] < 0:
-                        ex.go_bust(book, k, at)
-                    if filled and told:
-                        await hooks.tell_fills(bar, filled)
-                        deadline = turn.deadline
+                    bar._i = at - start
+                    if told:
+                        before = len(portfolio.events)
+                        portfolio.advance(at + 1)
+                        if len(portfolio.events) > before:
+                            await hooks.tell_fills(bar, len(portfolio.events) - before)
+                            deadline = turn.deadline
                     if at >= begins:
                         if waits:
                             turn.leave()
@@ -330,6 +349,7 @@ class BacktestingEngine:
                         deadline = turn.deadline
                 at += 1
         except BaseException as error:
+            at = bar.index
             bar._decisions.clear()
             bar._recorded.clear()
             bar._said = False
@@ -339,62 +359,52 @@ class BacktestingEngine:
                 failed = StrategyError(f"the strategy's code {ends} {error!r}")
                 self._name_bar(failed, at)
                 raise failed from error
-            if isinstance(error, Exception):
-                self._name_bar(error, at)
-            raise
-        self._equity[first:stop] = equity
+            if not isinstance(error, Exception):
+                raise
+            cause = self._first_error(error, at)
+            self._name_bar(cause, at)
+            if cause is error:
+                raise
+            raise cause from error
+
+    def _first_error(self, error: Exception, at: int) -> Exception:
+        """Orders are carried out when the account is looked at: one of an earlier bar that can't be comes first."""
+        if not isinstance(error, OrderError) or error.bar_index < 0:
+            try:
+                self._portfolio.advance(at)
+            except OrderError as earlier:
+                return earlier
+        return error
 
     def _listen(self, bar: Bar) -> None:
-        """Takes what was recorded at a bar, and turns its decisions into waiting orders."""
+        """Takes what was recorded and decided at a bar."""
         bar._said = False
+        at, portfolio = bar.index, self._portfolio
         if bar._recorded:
-            at = bar.index
-            self._portfolio.recorded.extend((at, name, number) for name, number in bar._recorded.items())
+            portfolio.recorded.extend((at, name, number) for name, number in bar._recorded.items())
             bar._recorded.clear()
-        portfolio, book, terms = self._portfolio, self._portfolio.book, self._portfolio.terms
-        ordered = False
-        for j in sorted(bar._decisions):
-            decision = bar._decisions[j]
-            if book.tally[ex.RUINED_AT] >= 0:
-                book.tally[ex.REFUSED] += 1
-                continue
-            tag = portfolio.tag_number(decision.tag)
-            if decision.kind == WEIGHT:
-                order = ex.decide_weight(book, terms, j, decision.values[0], tag)
-                if order == ex.MAX_LOTS:
-                    raise self._too_many_lots(bar.index)
-            else:
-                lots = [ex.lots_of_quantity(value, terms.lot_size) for value in decision.values]
-                if any(abs(each) >= ex.MAX_LOTS for each in lots):
-                    raise self._too_many_lots(bar.index)
-                if decision.kind == QUANTITY:
-                    order = ex.decide_target(book, terms, j, lots[0], tag)
-                else:
-                    order = book.waiting[j]
-                    for each in lots:
-                        order += each
-                    if abs(order) >= ex.MAX_LOTS:
-                        raise self._too_many_lots(bar.index)
-                    ex.put_order(book, j, order, ex.ORDER, tag)
-            ordered = ordered or order != 0
-        book.tally[ex.ORDERED_ROWS] += ordered
-        bar._decisions.clear()
-
-    def _too_many_lots(self, at: int) -> OrderError:
-        error = OrderError(
-            f"an order at bar {at} comes to more than 2**53 lots of {self.request.lot_size}",
-            hint="use a larger lot_size",
-        )
-        error.bar_index, error.timestamp = at, self._time(at)
-        return error
+        decisions = bar._decisions
+        for j in sorted(decisions) if len(decisions) > 1 else decisions:
+            kind, value, tag = decisions[j]
+            if kind != WEIGHT:
+                quantities, value = (value,) if kind == QUANTITY else value, 0
+                for quantity in quantities:
+                    lots = ex.lots_of_quantity(quantity, portfolio.terms.lot_size)
+                    if not -ex.MAX_LOTS < lots < ex.MAX_LOTS:
+                        raise portfolio.too_many_lots(at)
+                    value += lots
+            portfolio.decide(at, j, kind, value, ex.NO_TAG if tag is None else portfolio.tag_number(tag))
+        decisions.clear()
 
     def _time(self, at: int) -> str:
         return str(np.datetime64(int(self.bars.timestamps[at]), "ns").astype("datetime64[s]")) + "Z"
 
     def _name_bar(self, error: Exception, at: int) -> None:
+        if isinstance(error, StrategyError):
+            if error.bar_index < 0:
+                error.bar_index, error.timestamp = at, self._time(at)
+            at = error.bar_index
         self.failed_bar = at
-        if isinstance(error, StrategyError) and error.bar_index < 0:
-            error.bar_index, error.timestamp = at, self._time(at)
         symbols = ", ".join(self.bars.symbols[:5]) + (", ..." if self._k > 5 else "")
         error.add_note(f"in {type(self.strategy).__name__} at bar {at}, {self._time(at)}, symbols {symbols}")
 
@@ -406,18 +416,12 @@ class BacktestingEngine:
         What the strategy orders when it hears of the closing fills comes too late, like the orders of the last bar.
         """
         portfolio, last = self._portfolio, len(self.bars) - 1
-        book, bar, hooks = portfolio.book, self._bar, self._hooks
-        filled = 0
-        if self.request.force_close:
-            filled = ex.close_all(book, portfolio.terms, self._k, last, portfolio.fills)
-            portfolio.take_fills(filled)
-            closes = self.bars.close[last].tolist()
-            self._equity[last] = ex.mark_close(
-                book.money, book.mark, book.lots, self.request.lot_size, self._k, closes, 0
-            )
+        bar, hooks = self._bar, self._hooks
+        filled = portfolio.close_all() if self.request.force_close else 0
         if bar is not None and hooks is not None:
             if not self._window[0] <= last < self._window[1]:
-                self._load_window(last)
+                self._window = (last, last + 1)
+                bar._window(*self._window)
             bar._i = last - self._window[0]
             try:
                 if filled and hooks.wanted:
@@ -426,9 +430,11 @@ class BacktestingEngine:
                 bar._may_order = False
                 await hooks.tell_end(bar)
                 self._listen(bar)
+                portfolio.carry_out()
             except Exception as error:
                 self._name_bar(error, last)
                 raise
+        book = portfolio.boundary(last, None).book
         self._unfilled = tuple(
             Unfilled(j, book.waiting[j], None if book.waiting_tag[j] < 0 else portfolio.tags[book.waiting_tag[j]])
             for j in range(self._k)

@@ -23,7 +23,9 @@ WAITING, CUT, CUT_TO_ZERO, TRADES, RUINED_AT, REFUSED, ORDERED_ROWS = range(7)  
 TALLIES = 7
 OPENING, CLOSING = 0, 1  # parts of a fill
 ORDER, RUIN, FORCED_CLOSE = 0, 1, 2  # reasons of a fill
+BY_WEIGHT, TO_LOTS, MORE_LOTS = 0, 1, 2  # kinds of a decision: to a weight, to lots, so many lots more (as in `Bar`)
 NO_TAG = -1
+NO_BAR = 2**62  # the bar of a decision that isn't there: after every other
 MAX_LOTS = 2**53  # a count of lots is exact as a float64 up to here
 
 
@@ -51,9 +53,21 @@ class Book(NamedTuple):
     zero_lot_value: Floats  # [k] notional of one lot, the first time
 
 
+class Decisions(NamedTuple):
+    """What was decided, in the order of bars, before the run or bar by bar. NO_BAR stands after the last bar."""
+
+    next: Ints  # [1] place of the first one that isn't carried out
+    bar: Ints  # at whose close it was decided
+    symbol: Ints
+    kind: Ints
+    value: Floats  # a weight, or signed lots
+    tag: Ints
+
+
 class Fills(NamedTuple):
     """Room for the fills of a piece of bars, 2 * k a bar; the caller takes them out."""
 
+    count: Ints  # [1] how many are in it
     bar: Ints
     symbol: Ints
     lots: Ints
@@ -140,7 +154,6 @@ def _fill(
     book: Book,
     terms: Terms,
     fills: Fills,
-    at: int,
     bar: int,
     symbol: int,
     lots: int,
@@ -150,7 +163,7 @@ def _fill(
     reason: int,
     tag: int,
 ) -> None:
-    """Moves cash and lots by one fill at `price` (before slippage), and writes it down at place `at`."""
+    """Moves cash and lots by one fill at `price` (before slippage), and writes it down."""
     if lots > 0:
         paid = price * (1.0 + terms.slippage)
     else:
@@ -162,6 +175,8 @@ def _fill(
     book.lots[symbol] += lots
     if book.lots[symbol] == 0:
         book.tally[TRADES] += 1
+    at = fills.count[0]
+    fills.count[0] = at + 1
     fills.bar[at] = bar
     fills.symbol[at] = symbol
     fills.lots[at] = lots
@@ -189,11 +204,8 @@ def _free(book: Book, terms: Terms, k: int, opens: Floats, row: int) -> float:
     return float(total - gross)
 
 
-def fill_waiting(book: Book, terms: Terms, k: int, opens: Floats, row: int, bar: int, fills: Fills, count: int) -> int:
-    """Fills what waits at one open: all closing parts, never cut, then the opening parts; each in symbol order.
-
-    `count` fills stand in `fills` already; returns how many do afterwards.
-    """
+def fill_waiting(book: Book, terms: Terms, k: int, opens: Floats, row: int, bar: int, fills: Fills) -> None:
+    """Fills what waits at one open: all closing parts, never cut, then the opening parts; each in symbol order."""
     for j in range(k):
         order = book.waiting[j]
         price = opens[row + j]
@@ -206,8 +218,7 @@ def fill_waiting(book: Book, terms: Terms, k: int, opens: Floats, row: int, bar:
                 part = min(order, -held)
             if part != 0:
                 reason, tag = book.waiting_reason[j], book.waiting_tag[j]
-                _fill(book, terms, fills, count, bar, j, part, part, price, CLOSING, reason, tag)
-                count += 1
+                _fill(book, terms, fills, bar, j, part, part, price, CLOSING, reason, tag)
                 if part == order:
                     put_order(book, j, 0, ORDER, NO_TAG)
                 else:
@@ -229,10 +240,8 @@ def fill_waiting(book: Book, terms: Terms, k: int, opens: Floats, row: int, bar:
             else:
                 reason, tag = book.waiting_reason[j], book.waiting_tag[j]
                 lots = wanted if order > 0 else -wanted
-                _fill(book, terms, fills, count, bar, j, lots, order, price, OPENING, reason, tag)
-                count += 1
+                _fill(book, terms, fills, bar, j, lots, order, price, OPENING, reason, tag)
             put_order(book, j, 0, ORDER, NO_TAG)
-    return count
 
 
 def mark_close(money: Floats, mark: Floats, lots: Ints, lot_size: float, k: int, closes: Floats, row: int) -> float:
@@ -252,17 +261,39 @@ def mark_close(money: Floats, mark: Floats, lots: Ints, lot_size: float, k: int,
     return equity
 
 
-def mark_one(money: Floats, mark: Floats, lots: Ints, lot_size: float, k: int, closes: Floats, row: int) -> float:
-    """`mark_close` for one symbol, where an interpreted loop over one costs more than what it does."""
-    close = closes[row]
-    if close == close:
-        mark[0] = close
-    equity: float = money[CASH]
-    held = lots[0]
-    if held != 0:
-        equity += held * lot_size * mark[0]
-    money[EQUITY] = equity
-    return equity
+def mark_bars(
+    book: Book, lot_size: float, k: int, closes: Floats, row: int, equity: Floats, at: int, count: int
+) -> int:
+    """Marks bars from `row` on, up to `count` of them at which nothing is filled; writes equity[at..].
+
+    Stops after a bar whose equity isn't above 0. Returns how many bars it took.
+    """
+    if k != 1:
+        for i in range(count):
+            value = mark_close(book.money, book.mark, book.lots, lot_size, k, closes, (row + i) * k)
+            equity[at + i] = value
+            if value <= 0.0:
+                return i + 1
+        return count
+    cash: float = book.money[CASH]
+    held = book.lots[0]
+    units = held * lot_size
+    mark = book.mark[0]
+    value = cash
+    taken = count
+    for i in range(count):
+        close = closes[row + i]
+        if close == close:
+            mark = close
+        if held != 0:
+            value = cash + units * mark
+        equity[at + i] = value
+        if value <= 0.0:
+            taken = i + 1
+            break
+    book.mark[0] = mark
+    book.money[EQUITY] = value
+    return taken
 
 
 def go_bust(book: Book, k: int, bar: int) -> None:
@@ -272,67 +303,145 @@ def go_bust(book: Book, k: int, bar: int) -> None:
         put_order(book, j, -book.lots[j], RUIN, NO_TAG)
 
 
-def run_targets(
+def carry_out(book: Book, terms: Terms, decisions: Decisions, upto: int) -> int:
+    """Makes orders of what was decided at the close that was marked last, bar `upto`.
+
+    Returns -1, or the bar where a decision comes to more lots than count exactly.
+    """
+    at = decisions.next[0]
+    ordered = False
+    while decisions.bar[at] <= upto:
+        symbol, kind, value, tag = decisions.symbol[at], decisions.kind[at], decisions.value[at], decisions.tag[at]
+        if book.tally[RUINED_AT] >= 0:
+            book.tally[REFUSED] += 1
+        else:
+            if kind == BY_WEIGHT:
+                order = decide_weight(book, terms, symbol, value, tag)
+            elif kind == TO_LOTS:
+                order = decide_target(book, terms, symbol, int(value), tag)
+            else:
+                order = book.waiting[symbol] + int(value)
+                if order >= MAX_LOTS or order <= -MAX_LOTS:
+                    order = MAX_LOTS
+                else:
+                    put_order(book, symbol, order, ORDER, tag)
+            if order == MAX_LOTS:
+                return int(decisions.bar[at])
+            ordered = ordered or order != 0
+        at += 1
+    decisions.next[0] = at
+    if ordered:
+        book.tally[ORDERED_ROWS] += 1
+    return -1
+
+
+def run_bars(
     book: Book,
     terms: Terms,
     k: int,
     opens: Floats,
     closes: Floats,
-    targets: Floats,
-    decides: Ints,
-    by_weight: bool,
     row: int,
     bar: int,
     count: int,
+    decisions: Decisions,
+    equity: Floats,
+    at: int,
+    fills: Fills,
+) -> int:
+    """Computes `count` bars: bar `bar` on, which stands at `row` of the columns. Writes equity[at..at+count-1].
+
+    At each: what was decided at the bar before becomes orders, what waits is filled at the open, all is marked at the
+    close. Returns -1, or the bar where a decision comes to more lots than count exactly.
+    """
+    following = decisions.bar[decisions.next[0]]
+    i = 0
+    while i < count:
+        if following < bar + i:
+            failed = carry_out(book, terms, decisions, bar + i - 1)
+            if failed >= 0:
+                return failed
+            following = decisions.bar[decisions.next[0]]
+        if book.tally[WAITING] != 0:
+            fill_waiting(book, terms, k, opens, (row + i) * k, bar + i, fills)
+        quiet = 1  # bars up to the next one at which something may be filled
+        if book.tally[WAITING] == 0:
+            quiet = min(count - i, following - (bar + i) + 1)
+        i += mark_bars(book, terms.lot_size, k, closes, row + i, equity, at + i, quiet)
+        if book.money[EQUITY] <= 0.0 and book.tally[RUINED_AT] < 0:
+            go_bust(book, k, bar + i - 1)
+    return -1
+
+
+def run_block(
+    book: Book,
+    terms: Terms,
+    k: int,
+    opens: Floats,
+    closes: Floats,
+    bar: int,
+    stop: int,
+    decisions: Decisions,
     equity: Floats,
     fills: Fills,
 ) -> int:
-    """Computes `count` bars of a strategy whose targets are known: bar `bar` on, which stands at `row` of the columns.
+    """`run_bars` over the bars bar..stop-1 of whole columns, and what was decided at the last of them."""
+    failed = run_bars(book, terms, k, opens, closes, bar, bar, stop - bar, decisions, equity, bar, fills)
+    if failed < 0:
+        failed = carry_out(book, terms, decisions, stop - 1)
+    return failed
 
-    `targets` are weights, or lots already, one a symbol and row; NaN keeps. `decides` says of each row whether it
-    holds any.
-    Writes equity[0..count-1]. Returns the number of fills, or -1 - bar where a weight comes to more lots than count
-    exactly.
+
+def run_blocks(
+    book: Book,
+    terms: Terms,
+    k: int,
+    opens: Floats,
+    closes: Floats,
+    bar: int,
+    stop: int,
+    boundaries: int,
+    ends: Ints,
+    decisions: Decisions,
+    equity: Floats,
+    fills: Fills,
+    kept: Book,
+    kept_fills: Ints,
+) -> int:
+    """Computes the bars bar..stop-1 of whole columns, and keeps the book of each boundary: after the bars `ends`.
+
+    The book of the m-th one goes to place m of `kept`, whose columns are as many books long, and the number of fills
+    since `bar` to kept_fills[m]. Returns what `run_bars` does.
     """
-    filled = 0
-    money, tally, lots, mark, lot_size = book.money, book.tally, book.lots, book.mark, terms.lot_size
-    for i in range(count):
-        at = (row + i) * k
-        if tally[WAITING] != 0:
-            filled = fill_waiting(book, terms, k, opens, at, bar + i, fills, filled)
-        if k == 1:
-            value = mark_one(money, mark, lots, lot_size, k, closes, at)
-        else:
-            value = mark_close(money, mark, lots, lot_size, k, closes, at)
-        equity[i] = value
-        if value <= 0.0 and tally[RUINED_AT] < 0:
-            go_bust(book, k, bar + i)
-        if decides[row + i]:
-            ordered = False
-            for j in range(k):
-                target = targets[at + j]
-                if target == target:
-                    if tally[RUINED_AT] >= 0:
-                        tally[REFUSED] += 1
-                        continue
-                    if by_weight:
-                        order = decide_weight(book, terms, j, target, NO_TAG)
-                        if order == MAX_LOTS:
-                            return -1 - (bar + i)
-                    else:
-                        order = decide_target(book, terms, j, int(target), NO_TAG)
-                    ordered = ordered or order != 0
-            if ordered:
-                tally[ORDERED_ROWS] += 1
-    return filled
+    for m in range(boundaries):
+        failed = run_block(book, terms, k, opens, closes, bar, ends[m] + 1, decisions, equity, fills)
+        if failed >= 0:
+            return failed
+        _keep(book, kept, m, k)
+        kept_fills[m] = fills.count[0]
+        bar = ends[m] + 1
+    return run_block(book, terms, k, opens, closes, bar, stop, decisions, equity, fills)
 
 
-def close_all(book: Book, terms: Terms, k: int, bar: int, fills: Fills) -> int:
+def _keep(book: Book, kept: Book, m: int, k: int) -> None:
+    for i in range(2):
+        kept.money[2 * m + i] = book.money[i]
+    for i in range(TALLIES):
+        kept.tally[TALLIES * m + i] = book.tally[i]
+    for j in range(k):
+        kept.lots[k * m + j] = book.lots[j]
+        kept.mark[k * m + j] = book.mark[j]
+        kept.waiting[k * m + j] = book.waiting[j]
+        kept.waiting_reason[k * m + j] = book.waiting_reason[j]
+        kept.waiting_tag[k * m + j] = book.waiting_tag[j]
+        kept.zero_lots[k * m + j] = book.zero_lots[j]
+        kept.zero_target[k * m + j] = book.zero_target[j]
+        kept.zero_lot_value[k * m + j] = book.zero_lot_value[j]
+
+
+def close_all(book: Book, terms: Terms, k: int, bar: int, fills: Fills) -> None:
     """The closing step after the last bar: closes what is open at the last close, with costs, never cut."""
-    count = 0
     for j in range(k):
         lots = book.lots[j]
         if lots != 0:
-            _fill(book, terms, fills, count, bar, j, -lots, -lots, book.mark[j], CLOSING, FORCED_CLOSE, NO_TAG)
-            count += 1
-    return count
+            _fill(book, terms, fills, bar, j, -lots, -lots, book.mark[j], CLOSING, FORCED_CLOSE, NO_TAG)

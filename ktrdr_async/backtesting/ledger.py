@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import msgspec
 
@@ -37,6 +37,53 @@ class LedgerEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     part: Part
     reason: Reason
     tag: str | None  # the strategy's own mark of the order
+
+
+class Ledger(Sequence[LedgerEvent]):
+    """Events in order. They come in as columns, and become records when somebody looks at them."""
+
+    __slots__ = ("_columns", "_count", "_events", "_tags")
+
+    def __init__(self, events: Iterable[LedgerEvent] = (), tags: Sequence[str] = ()) -> None:
+        self._events = list(events)
+        self._columns: list[list[Any]] = []  # as `execution.Fills` has them, without its count
+        self._count = len(self._events)
+        self._tags = tags  # by number; it grows with the run
+
+    def add(self, columns: list[Any]) -> None:
+        """Takes rows in as ten columns, lists or arrays that nobody writes to any more."""
+        self._columns.append(columns)
+        self._count += len(columns[0])
+
+    def _all(self) -> list[LedgerEvent]:
+        if self._columns:
+            tags = self._tags
+            for columns in self._columns:
+                rows = zip(*(each if isinstance(each, list) else each.tolist() for each in columns), strict=True)
+                self._events.extend(
+                    LedgerEvent(
+                        bar, symbol, lots, requested, price, fee, cash, PARTS[part], REASONS[reason],
+                        None if tag < 0 else tags[tag],
+                    )
+                    for bar, symbol, lots, requested, price, fee, cash, part, reason, tag in rows
+                )  # fmt: skip
+            self._columns.clear()
+        return self._events
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, at: int) -> LedgerEvent: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[LedgerEvent]: ...
+
+    def __getitem__(self, at: int | slice) -> LedgerEvent | list[LedgerEvent]:
+        return self._all()[at]
+
+    def __iter__(self) -> Iterator[LedgerEvent]:
+        return iter(self._all())
 
 
 class Trade(msgspec.Struct, frozen=True, gc=False):

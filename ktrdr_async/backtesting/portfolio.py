@@ -16,7 +16,9 @@ import msgspec
 import numpy as np
 
 from ktrdr_async.backtesting import execution as ex
-from ktrdr_async.backtesting.ledger import PARTS, REASONS, LedgerDigest, LedgerEvent, PriceRange, Trade, TradeBook
+from ktrdr_async.backtesting.decisions import Targets, lots_of
+from ktrdr_async.backtesting.ledger import REASONS, Ledger, LedgerDigest, LedgerEvent, PriceRange, Trade, TradeBook
+from ktrdr_async.backtesting.tiers import INTERPRETED, Tier
 from ktrdr_async.errors import CheckpointCorruptedError, OrderError
 
 if TYPE_CHECKING:
@@ -25,8 +27,14 @@ if TYPE_CHECKING:
     from ktrdr_async.backtesting.request import BacktestRequest
     from ktrdr_async.checkpoint.schemas import BacktestCheckpointState
     from ktrdr_async.market import Bars
+    from ktrdr_async.strategies.bar import Bar
 
 Recorded = tuple[int, str, float]  # bar, name, value
+_WINDOW_VALUES = 4096  # values of a column that are turned into Python floats at a time
+_NOTHING_SAID = ex.Decisions(
+    np.zeros(1, np.int64), np.array([ex.NO_BAR]), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0),
+    np.zeros(0, np.int64),
+)  # fmt: skip
 
 
 class Boundary(msgspec.Struct, frozen=True):
@@ -39,35 +47,79 @@ class Boundary(msgspec.Struct, frozen=True):
     strategy_state: bytes | None
 
 
-def _new_book(cash: float, k: int) -> ex.Book:
+class Ahead:
+    """The boundaries of a piece that was computed at once; a `Boundary` is made of one when somebody looks at it."""
+
+    def __init__(self, ends: list[int], kept: ex.Book, fills: list[int], events: int, widths: list[int]) -> None:
+        self.ends = ends  # bars
+        self.fills = [events + count for count in fills]  # ledger events, at each
+        self._kept, self._widths = kept, widths
+
+    def money(self, which: int) -> list[float]:
+        """Cash or equity at each."""
+        return self._kept.money[which :: self._widths[0]].tolist()[: len(self.ends)]  # type: ignore[no-any-return]
+
+    def trades(self) -> list[int]:
+        """Trades that have ended, at each."""
+        return self._kept.tally[ex.TRADES :: ex.TALLIES].tolist()[: len(self.ends)]  # type: ignore[no-any-return]
+
+    def boundary(self, m: int, strategy_state: bytes | None) -> Boundary:
+        """The m-th one, whole."""
+        columns = zip(self._kept, self._widths, strict=True)
+        book = ex.Book(*(column[m * width : (m + 1) * width].tolist() for column, width in columns))
+        return Boundary(self.ends[m], book, self.fills[m], 0, strategy_state)
+
+
+def _new_book(tier: Tier, cash: float, k: int) -> ex.Book:
     nan = float("nan")
     tally = [0] * ex.TALLIES
     tally[ex.RUINED_AT] = -1
+    ints, floats = tier.ints, tier.floats
     return ex.Book(
-        money=[cash, cash], tally=tally, lots=[0] * k, mark=[nan] * k, waiting=[0] * k, waiting_reason=[0] * k,
-        waiting_tag=[ex.NO_TAG] * k, zero_lots=[0] * k, zero_target=[0.0] * k, zero_lot_value=[0.0] * k,
+        money=floats([cash, cash]), tally=ints(tally), lots=ints([0] * k), mark=floats([nan] * k),
+        waiting=ints([0] * k), waiting_reason=ints([0] * k), waiting_tag=ints([ex.NO_TAG] * k),
+        zero_lots=ints([0] * k), zero_target=floats([0.0] * k), zero_lot_value=floats([0.0] * k),
     )  # fmt: skip
 
 
-def _room(size: int) -> ex.Fills:
+def _room(tier: Tier, size: int) -> ex.Fills:
     ints, floats = [0] * size, [0.0] * size
-    return ex.Fills(
-        ints[:], ints[:], ints[:], ints[:], floats[:], floats[:], floats[:], ints[:], ints[:], ints[:]
-    )  # fmt: skip
+    whole = [tier.ints(ints) for _ in range(7)]
+    count = tier.ints([0])
+    return ex.Fills(count, *whole[:4], *(tier.floats(floats) for _ in range(3)), *whole[4:])
 
 
 class Portfolio:
-    """Book, ledger and recorded values of one run over k symbols."""
+    """Book, ledger and recorded values of one run over k symbols, and how far they were computed.
 
-    def __init__(self, request: BacktestRequest, bars: Bars, piece: int) -> None:
+    What was decided is carried out when the account is brought up to a bar, at the latest at the block's end.
+    """
+
+    def __init__(
+        self, request: BacktestRequest, bars: Bars, equity: NDArray[np.float64], tier: Tier, block_bars: int
+    ) -> None:
         self.k = len(bars.symbols)
         self.terms = ex.Terms(request.commission, request.slippage, request.lot_size, request.min_trade)
-        self.book = _new_book(request.initial_capital, self.k)
-        self.events: list[LedgerEvent] = []
-        self.recorded: list[Recorded] = []
+        self.book = _new_book(tier, request.initial_capital, self.k)
         self.tags: list[str] = []
-        self.fills = _room(2 * self.k * piece)
+        self.events = Ledger(tags=self.tags)
+        self.recorded: list[Recorded] = []
+        self.looks = 0  # how often the account was brought up to a bar
+        self.next_bar = 0  # the account stands at the close of the bar before
+        self.piece = max(1, tier.piece_values // self.k)  # bars that are computed at a time
+        self._fills = _room(tier, 2 * self.k * min(self.piece, len(bars) + 1))
+        self.tier = tier
         self._bars = bars
+        self._block_bars = block_bars
+        self._equity = equity
+        self._targets: Targets | None = None
+        self._by_weight = True
+        self._decisions = ex.Decisions([0], [ex.NO_BAR], [], [], [], [])
+        self._window = (0, 0)
+        whole = tier is not INTERPRETED
+        self._opens: Any = tier.flat(bars.open) if whole else []
+        self._closes: Any = tier.flat(bars.close) if whole else []
+        self._piece_equity = [0.0] * max(1, INTERPRETED.piece_values // self.k)
         self._initial_capital = request.initial_capital
         self._tag_numbers: dict[str, int] = {}
         self._trades = TradeBook(request.lot_size, PriceRange(bars.low, bars.high))
@@ -76,9 +128,185 @@ class Portfolio:
         self._recorded_hash = hashlib.sha256()
         self._recorded_hashed = 0
 
+    # Computing.
+
+    def know(self, targets: Targets, *, by_weight: bool) -> None:
+        """Takes the decisions of a whole run at once, weights or signed units."""
+        self._targets, self._by_weight = targets, by_weight
+
+    def decide(self, bar: int, symbol: int, kind: int, value: float, tag: int) -> None:
+        """Takes one decision at the close of `bar`; they come in the order of bars."""
+        decisions = self._decisions
+        decisions.bar[-1] = bar
+        decisions.bar.append(ex.NO_BAR)
+        decisions.symbol.append(symbol)
+        decisions.kind.append(kind)
+        decisions.value.append(value)
+        decisions.tag.append(tag)
+
+    def advance(self, stop: int) -> None:
+        """Brings the account up to the close of bar stop - 1. What was decided there still is to come.
+
+        Raises:
+            OrderError: if a decision comes to more lots than count exactly; it names the bar.
+        """
+        self.looks += 1
+        if self.tier is not INTERPRETED:
+            self._advance_compiled(stop)
+            return
+        fills = self._fills
+        while self.next_bar < stop:
+            at = self.next_bar
+            if not self._window[0] <= at < self._window[1]:
+                self.carry_out()
+                self._load_window(at)
+            start, end = self._window
+            count = min(stop, end, at + self.piece) - at
+            equity = self._piece_equity
+            failed = ex.run_bars(
+                self.book, self.terms, self.k, self._opens, self._closes, at - start, at, count, self._decisions,
+                equity, 0, fills,
+            )  # fmt: skip
+            if failed >= 0:
+                raise self.too_many_lots(failed)
+            self._equity[at : at + count] = equity[:count]
+            if fills.count[0]:
+                self.take_fills()
+            self.next_bar = at + count
+
+    def _advance_compiled(self, stop: int) -> None:
+        decisions, at = self._said(), self.next_bar
+        failed = self.tier.kernel.run_bars(
+            self.book, self.terms, self.k, self._opens, self._closes, at, at, stop - at, decisions, self._equity, at,
+            self._fills,
+        )  # fmt: skip
+        if failed >= 0:
+            raise self.too_many_lots(int(failed))
+        self.take_fills()
+        self.next_bar = stop
+        self._forget_said(int(decisions.next[0]))
+
+    def reach(self, stop: int) -> None:
+        """`advance` and `carry_out`: brings the account to the boundary after bar stop - 1."""
+        if self.tier is INTERPRETED or self.next_bar >= stop:
+            self.advance(stop)
+            self.carry_out()
+            return
+        decisions = self._said()
+        failed = self.tier.kernel.run_block(
+            self.book, self.terms, self.k, self._opens, self._closes, self.next_bar, stop, decisions, self._equity,
+            self._fills,
+        )  # fmt: skip
+        if failed >= 0:
+            raise self.too_many_lots(int(failed))
+        self.take_fills()
+        self.next_bar = stop
+        self._forget_said(int(decisions.next[0]))
+
+    def carry_out(self) -> None:
+        """Makes orders of what was decided up to the close that the account stands at. Raises what `advance` does."""
+        decisions = self._decisions if self.tier is INTERPRETED else self._said()
+        failed = self.tier.kernel.carry_out(self.book, self.terms, decisions, self.next_bar - 1)
+        if failed >= 0:
+            raise self.too_many_lots(int(failed))
+        if self._targets is None:
+            self._forget_said(int(decisions.next[0]))
+
+    def hold_as(self, tier: Tier) -> None:
+        """Goes on in another tier, at a boundary of a strategy that decides bar by bar."""
+        if tier is self.tier:
+            return
+        self.tier = tier
+        self.book = ex.Book(*(tier.like(column) for column in self.book))
+        self._fills = _room(tier, 2 * self.k * min(max(self.piece, self._block_bars), len(self._bars)))
+        self._window = (0, 0)
+        if tier is not INTERPRETED:
+            self._opens, self._closes = tier.flat(self._bars.open), tier.flat(self._bars.close)
+
+    def _said(self) -> ex.Decisions:
+        """What was said bar by bar and isn't carried out, as arrays."""
+        said = self._decisions
+        if len(said.bar) == 1:
+            return _NOTHING_SAID
+        ints, floats = self.tier.ints, self.tier.floats
+        return ex.Decisions(
+            ints(said.next), ints(said.bar), ints(said.symbol), ints(said.kind), floats(said.value), ints(said.tag)
+        )  # fmt: skip
+
+    def _forget_said(self, carried_out: int) -> None:
+        if carried_out < len(self._decisions.bar) - 1:
+            self._decisions.next[0] = carried_out
+        elif carried_out:
+            self._decisions = ex.Decisions([0], [ex.NO_BAR], [], [], [], [])
+
+    def advance_blocks(self, stop: int) -> Ahead:
+        """Computes in the compiled tier up to bar stop - 1, past the boundaries before. Raises what `advance` does."""
+        first, n, size = self.next_bar, len(self._bars), self._block_bars
+        last = n - 1
+        decisions = self._known(first, stop)
+        ends = list(range((first // size + 1) * size - 1, stop, size))
+        if stop == n and (not ends or ends[-1] != last):
+            ends.append(last)
+        widths = [len(column) for column in self.book]
+        kept = ex.Book(*(np.empty(len(ends) * len(column), column.dtype) for column in self.book))
+        fills = np.empty(len(ends), np.int64)
+        failed = int(
+            self.tier.kernel.run_blocks(
+                self.book, self.terms, self.k, self._opens, self._closes, first, stop, len(ends),
+                np.array(ends, np.int64), decisions, self._equity, self._fills, kept, fills,
+            )
+        )  # fmt: skip
+        if failed >= 0:
+            raise self.too_many_lots(failed)
+        ahead = Ahead(ends, kept, fills.tolist(), len(self.events), widths)
+        self.take_fills()
+        self.next_bar = stop
+        return ahead
+
+    def too_many_lots(self, at: int) -> OrderError:
+        """What an order of more lots than count exactly is refused with."""
+        error = OrderError(
+            f"an order at bar {at} comes to more than 2**53 lots of {self.terms.lot_size}",
+            hint="use a larger lot_size",
+        )
+        error.bar_index = at
+        error.timestamp = str(np.datetime64(int(self._bars.timestamps[at]), "ns").astype("datetime64[s]")) + "Z"
+        return error
+
+    def _load_window(self, at: int) -> None:
+        """Turns the next bars of the columns that every bar needs into flat lists of floats."""
+        stop = min(len(self._bars), at + max(1, min(512, _WINDOW_VALUES // self.k)))
+        self._opens, self._closes = self.tier.flat(self._bars.open[at:stop]), self.tier.flat(self._bars.close[at:stop])
+        self._window = (at, stop)
+        if self._targets is not None:
+            self._decisions = self._known(at, stop)
+
+    def _known(self, start: int, stop: int) -> ex.Decisions:
+        """The targets of these bars, as columns."""
+        assert self._targets is not None  # noqa: S101 - callers know
+        bars, symbols, values = self._targets.between(start, stop)
+        if not self._by_weight:
+            values = lots_of(values, self.terms.lot_size)
+        count, flat = len(bars), self.tier.flat
+        kind = ex.BY_WEIGHT if self._by_weight else ex.TO_LOTS
+        return ex.Decisions(
+            self.tier.ints([0]), flat(np.append(bars, ex.NO_BAR)), flat(symbols), flat(np.full(count, kind)),
+            flat(values), flat(np.full(count, ex.NO_TAG)),
+        )  # fmt: skip
+
+    def close_all(self) -> int:
+        """The closing step of the market: closes what is open at the last close. Returns how many fills that took."""
+        ex.close_all(self.book, self.terms, self.k, self.next_bar - 1, self._fills)
+        count = int(self._fills.count[0])
+        self.take_fills()
+        closes = self._bars.close[-1].tolist()
+        book = self.book
+        self._equity[-1] = ex.mark_close(book.money, book.mark, book.lots, self.terms.lot_size, self.k, closes, 0)
+        return count
+
     def boundary(self, bar_index: int, strategy_state: bytes | None) -> Boundary:
         """A copy of everything that moves."""
-        book = ex.Book(*(column[:] for column in self.book))
+        book = ex.Book(*(column[:] if isinstance(column, list) else column.tolist() for column in self.book))
         return Boundary(bar_index, book, len(self.events), len(self.recorded), strategy_state)
 
     def tag_number(self, tag: str | None) -> int:
@@ -91,23 +319,19 @@ class Portfolio:
             self.tags.append(tag)
         return number
 
-    def take_fills(self, count: int) -> None:
-        """Writes the first `count` fills of the room into the ledger."""
-        f, tags = self.fills, self.tags
-        for i in range(count):
-            tag = f.tag[i]
-            self.events.append(
-                LedgerEvent(
-                    f.bar[i], f.symbol[i], f.lots[i], f.requested[i], f.price[i], f.fee[i], f.cash[i],
-                    PARTS[f.part[i]], REASONS[f.reason[i]], None if tag < 0 else tags[tag],
-                )
-            )  # fmt: skip
+    def take_fills(self) -> None:
+        """Moves the fills out of their room into the ledger."""
+        count = self._fills.count[0]
+        if count:
+            columns = [column[:count] for column in self._fills[1:]]
+            self.events.add(columns if isinstance(columns[0], list) else [column.copy() for column in columns])
+            self._fills.count[0] = 0
 
     def follow(self) -> list[tuple[int, Trade]]:
         """Takes the new events into the trade book; the trades that they ended, with the index of the ending event."""
         ended = []
-        for index in range(self._followed, len(self.events)):
-            trade = self._trades.apply(self.events[index])
+        for index, event in enumerate(self.events[self._followed :], self._followed):
+            trade = self._trades.apply(event)
             if trade is not None:
                 ended.append((index, trade))
         self._followed = len(self.events)
@@ -155,8 +379,9 @@ class Portfolio:
             last = event.bar
             book.lots[event.symbol] += event.lots
             book.tally[ex.TRADES] += book.lots[event.symbol] == 0
-        self.events = list(state.ledger)
+        self.events = Ledger(state.ledger, self.tags)
         self.recorded = recorded
+        self.next_bar = upto + 1
         book.money[ex.CASH] = self.events[-1].cash_after if self.events else self._initial_capital
         if book.money[ex.CASH] != state.cash:
             raise CheckpointCorruptedError(operation, f"cash is {state.cash}, the ledger says {book.money[ex.CASH]}")
@@ -249,26 +474,26 @@ def _filled(column: NDArray[np.float64]) -> NDArray[np.float64]:
 class PositionOf:
     """One symbol's position at this bar's close; read-only."""
 
-    __slots__ = ("_portfolio", "_symbol")
+    __slots__ = ("_book", "_portfolio", "_symbol")
 
-    def __init__(self, portfolio: Portfolio, symbol: int) -> None:
-        self._portfolio, self._symbol = portfolio, symbol
+    def __init__(self, portfolio: Portfolio, book: ex.Book, symbol: int) -> None:
+        self._portfolio, self._book, self._symbol = portfolio, book, symbol
 
     @property
     def quantity(self) -> float:
         """Signed units held."""
-        return float(self._portfolio.book.lots[self._symbol] * self._portfolio.terms.lot_size)
+        return float(self._book.lots[self._symbol] * self._portfolio.terms.lot_size)
 
     @property
     def price(self) -> float:
         """Last close; NaN before the symbol's first bar."""
-        return float(self._portfolio.book.mark[self._symbol])
+        return float(self._book.mark[self._symbol])
 
     @property
     def value(self) -> float:
         """Signed notional at the last close, account currency."""
-        lots = self._portfolio.book.lots[self._symbol]
-        return ex.notional(lots, self._portfolio.terms.lot_size, self.price) if lots else 0.0
+        lots = self._book.lots[self._symbol]
+        return float(ex.notional(lots, self._portfolio.terms.lot_size, self.price)) if lots else 0.0
 
     @property
     def entry_price(self) -> float:
@@ -278,26 +503,38 @@ class PositionOf:
 
 
 class AccountView:
-    """The account at this bar's close, for strategies; read-only."""
+    """The account at this bar's close, for strategies; read-only. It is brought up to the bar when it is looked at."""
 
-    __slots__ = ("_index_of", "_portfolio")
+    __slots__ = ("_bar", "_index_of", "_portfolio")
 
     def __init__(self, portfolio: Portfolio, symbols: Sequence[str]) -> None:
         self._portfolio = portfolio
         self._index_of = {name: position for position, name in enumerate(symbols)}
+        self._bar: Bar | None = None
+
+    def follow(self, bar: Bar) -> None:
+        """Looks at the account at the bar that this object stands for."""
+        self._bar = bar
+
+    @property
+    def _book(self) -> ex.Book:
+        portfolio = self._portfolio
+        if self._bar is not None and portfolio.next_bar <= self._bar.index:
+            portfolio.advance(self._bar.index + 1)
+        return portfolio.book
 
     @property
     def cash(self) -> float:
         """Account currency."""
-        return float(self._portfolio.book.money[ex.CASH])
+        return float(self._book.money[ex.CASH])
 
     @property
     def equity(self) -> float:
         """Account currency: cash and what is held at the last closes."""
-        return float(self._portfolio.book.money[ex.EQUITY])
+        return float(self._book.money[ex.EQUITY])
 
     def __getitem__(self, symbol: int | str) -> PositionOf:
         position = self._index_of.get(symbol) if isinstance(symbol, str) else symbol
         if position is None or not 0 <= position < self._portfolio.k:
             raise OrderError(f"there is no symbol {symbol!r}; there are: {', '.join(self._index_of)}")
-        return PositionOf(self._portfolio, position)
+        return PositionOf(self._portfolio, self._book, position)

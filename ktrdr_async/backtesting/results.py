@@ -79,7 +79,6 @@ class BacktestResults:
 
     Attributes:
         equity: float64[n], account currency at each close; the last one is after the closing step.
-        ledger: every event.
         recorded_values: each (bar, name, value) of `bar.record`.
         run: how the run went; not part of the digest.
         accepted_mismatches: differences of data, code or numbers under which somebody let the run go on.
@@ -91,7 +90,7 @@ class BacktestResults:
         request: BacktestRequest,
         bars: Bars,
         strategy: StrategyIdentity,
-        ledger: tuple[LedgerEvent, ...],
+        ledger: Sequence[LedgerEvent],
         recorded: tuple[Recorded, ...],
         counters: Counters,
         unfilled: tuple[Unfilled, ...],
@@ -103,7 +102,7 @@ class BacktestResults:
         self.request = request
         self.bars = bars
         self.strategy = strategy
-        self.ledger = ledger
+        self._events = ledger
         self.recorded_values = recorded
         self.counters = counters
         self.unfilled_orders = unfilled
@@ -122,6 +121,11 @@ class BacktestResults:
     def ruined_at(self) -> int | None:
         """The bar at whose close equity was gone; None: never."""
         return None if self.counters.ruined_at < 0 else self.counters.ruined_at
+
+    @cached_property
+    def ledger(self) -> tuple[LedgerEvent, ...]:
+        """Every event, in order."""
+        return tuple(self._events)
 
     @cached_property
     def trade_records(self) -> list[Trade]:
@@ -363,8 +367,8 @@ class BacktestResults:
 
     def __repr__(self) -> str:
         return (
-            f"BacktestResults({self.strategy.name}, bars={len(self.bars)}, trades={len(self.trade_records)}, "
-            f"final_equity={self.final_equity:.2f}, digest={self.digest[:12]})"
+            f"BacktestResults({self.strategy.name}, bars={len(self.bars)}, fills={len(self._events)}, "
+            f"final_equity={self.final_equity:.2f})"  # nothing that costs: asyncio.run() asks for it too
         )
 
     def audit(self) -> Audit:

@@ -162,15 +162,13 @@ class SymbolBar:
         return cast("Row", self._bar.feature(name))[self._symbol]
 
 
-WEIGHT, QUANTITY, ORDER = "weight", "quantity", "order"
+WEIGHT, QUANTITY, ORDER = 0, 1, 2
+Decision = tuple[
+    int, Any, str | None
+]  # a weight (fraction of equity), a quantity (signed units) or a list of them; tag
 
 
-class Decision(msgspec.Struct):
-    """What one bar's calls have come to for one symbol: the last target, or all ordered quantities."""
-
-    kind: str  # WEIGHT, QUANTITY or ORDER
-    values: list[float]  # one weight (fraction of equity) or quantity (signed units), or each ordered quantity
-    tag: str | None
+_NO_DECISION: Decision = (WEIGHT, 0.0, None)
 
 
 class Bar:
@@ -182,8 +180,9 @@ class Bar:
     """
 
     __slots__ = (
-        "_bars", "_close", "_decisions", "_feature_rows", "_features", "_high", "_i", "_index_of", "_low", "_may_order",
-        "_open", "_portfolio", "_recorded", "_rng", "_said", "_seed", "_start", "_stop", "_texts", "_volume",
+        "_bars", "_close", "_decisions", "_feature_rows", "_features", "_first_bars", "_high", "_i", "_index_of",
+        "_low", "_may_order", "_open", "_portfolio", "_recorded", "_rng", "_said", "_seed", "_start", "_stop",
+        "_texts", "_volume",
     )  # fmt: skip
 
     def __init__(
@@ -194,7 +193,8 @@ class Bar:
         self._seed = seed
         self._portfolio = portfolio
         self._index_of = {name: position for position, name in enumerate(bars.symbols)}
-        self._decisions: dict[int, Decision] = {}
+        self._decisions: dict[int, Decision] = {}  # what a bar's calls have come to, one a symbol
+        self._first_bars: list[int] = bars.first_bar.tolist()
         self._recorded: dict[str, float] = {}
         self._texts: set[str] = set()  # tags and names that were checked
         self._rng: tuple[int, np.random.Generator] | None = None
@@ -328,7 +328,8 @@ class Bar:
 
     def target_quantity(self, symbol: int | str, quantity: float, *, tag: str | None = None) -> None:
         """Orders what leads to `quantity` signed units. :raises OrderError: if it or the symbol can't be traded."""
-        self._finite(symbol, quantity)
+        if not math.isfinite(quantity):
+            raise self._not_finite(symbol, quantity)
         self._target(symbol, QUANTITY, quantity, tag)
 
     def flatten(self, symbol: int | str | None = None, *, tag: str | None = None) -> None:
@@ -337,21 +338,19 @@ class Bar:
             self._target(symbol, QUANTITY, 0.0, tag)
             return
         for position in range(len(self._bars.symbols)):
-            if self._bars.first_bar[position] <= self.index:
+            if self._first_bars[position] <= self.index:
                 self._target(position, QUANTITY, 0.0, tag)
 
     def order(self, symbol: int | str, quantity: float, *, tag: str | None = None) -> None:
         """Orders `quantity` signed units more; several add up. :raises OrderError: if the symbol has a target here."""
-        self._finite(symbol, quantity)
+        if not math.isfinite(quantity):
+            raise self._not_finite(symbol, quantity)
         position = self._tradable(symbol, tag)
-        decision = self._decisions.get(position)
-        if decision is None:
-            self._decisions[position] = Decision(ORDER, [float(quantity)], tag)
-        elif decision.kind != ORDER:
-            raise OrderError(f"{self._name(symbol)} has a target and an order in one bar", hint="use one of the two")
-        else:
-            decision.values.append(float(quantity))
-            decision.tag = tag if tag is not None else decision.tag
+        kind, quantities, before = self._decisions.get(position, (ORDER, [], None))
+        if kind != ORDER:
+            raise self._two_kinds(symbol)
+        quantities.append(float(quantity))
+        self._decisions[position] = (ORDER, quantities, before if tag is None else tag)
 
     def record(self, **values: float) -> None:
         """Keeps a value a name for this bar; `results.recorded` shows them all. The last one a name and bar counts."""
@@ -374,25 +373,26 @@ class Bar:
             raise OrderError(f"{what} can't be stored: {error}") from None
         self._texts.add(text)
 
-    def _target(self, symbol: int | str, kind: str, value: float, tag: str | None) -> None:
+    def _target(self, symbol: int | str, kind: int, value: float, tag: str | None) -> None:
         position = self._tradable(symbol, tag)
-        decision = self._decisions.get(position)
-        if decision is not None and decision.kind == ORDER:
-            raise OrderError(f"{self._name(symbol)} has a target and an order in one bar", hint="use one of the two")
-        self._decisions[position] = Decision(kind, [float(value)], tag)
+        if self._decisions and self._decisions.get(position, _NO_DECISION)[0] == ORDER:
+            raise self._two_kinds(symbol)
+        self._decisions[position] = (kind, float(value), tag)
 
-    def _finite(self, symbol: int | str, quantity: float) -> None:
-        if not math.isfinite(quantity):
-            raise OrderError(f"quantity {quantity} of {self._name(symbol)} is not a finite number")
+    def _not_finite(self, symbol: int | str, quantity: float) -> OrderError:
+        return OrderError(f"quantity {quantity} of {self._name(symbol)} is not a finite number")
+
+    def _two_kinds(self, symbol: int | str) -> OrderError:
+        return OrderError(f"{self._name(symbol)} has a target and an order in one bar", hint="use one of the two")
 
     def _tradable(self, symbol: int | str, tag: str | None) -> int:
-        position = self._position(symbol)
+        first = self._first_bars
+        position = symbol if isinstance(symbol, int) and 0 <= symbol < len(first) else self._position(symbol)
         if tag is not None and tag not in self._texts:
             self._check_text(tag, "a tag")
-        if self._bars.first_bar[position] > self.index:
+        if first[position] > self._start + self._i:
             raise OrderError(
-                f"{self._name(symbol)} has no bar yet: its first is bar {self._bars.first_bar[position]}, "
-                f"this is {self.index}"
+                f"{self._name(symbol)} has no bar yet: its first is bar {first[position]}, this is {self.index}"
             )
         if not self._may_order:
             raise OrderError("nothing can be ordered after the last bar", hint="on_end only looks")

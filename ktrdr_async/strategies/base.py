@@ -164,6 +164,12 @@ class WeightStrategy(StrategyBase):
         """float64[n, k] (or a frame with the bars' index and columns): signed units."""
         raise NotImplementedError
 
+    def compiled_targets(
+        self, bars: Bars, kernels: types.ModuleType
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]] | None:
+        """For a built-in that has its decisions in `kernels`: places (row * k + symbol, increasing) and values."""
+        return None
+
 
 class Strategy(StrategyBase):
     """Decides bar by bar.

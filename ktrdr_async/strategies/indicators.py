@@ -9,14 +9,15 @@ memory has a part in.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ktrdr_async import compiling
 from ktrdr_async.errors import ParameterError
+from ktrdr_async.strategies import kernels
 
 Floats = NDArray[np.float64]
 
@@ -35,7 +36,20 @@ def sma(values: ArrayLike, n: int) -> Floats:
         ParameterError: if n isn't an integer of at least 1.
     """
     n = _length("sma", n)
-    return _over_windows(values, n, lambda window: _means(window, n))
+    fast = compiling.compiled("ktrdr_async.strategies.kernels")
+    if fast is None:
+        return _over_windows(values, n, lambda window: _means(window, n))
+    array = _as_floats(values)
+    result = np.full(array.shape, np.nan)
+    columns, filled = _columns(array), _columns(result)
+    part, other, total = (np.empty(kernels.PIECE + n) for _ in range(3))
+    for j in range(columns.shape[1]):
+        own, there = own_bars(columns[:, j])
+        if len(own) >= n:
+            found = np.full(len(own), np.nan)
+            fast.sma(own, n, part, other, total, found)
+            filled[slice(None) if there is None else there, j] = found
+    return result
 
 
 def rolling_std(values: ArrayLike, n: int, *, ddof: int = 1) -> Floats:
@@ -94,16 +108,7 @@ def ema(values: ArrayLike, n: int) -> Floats:
         ParameterError: if n isn't an integer of at least 1.
     """
     n = _length("ema", n)
-    a = 2.0 / (n + 1)
-
-    def smoothed(column: list[float]) -> Iterable[float]:
-        e = _first_mean(column, n)
-        yield e
-        for value in column[n:]:
-            e = e + a * (value - e)
-            yield e
-
-    return _over_columns([values], n, smoothed)
+    return _over_columns("ema", [values], n, n)
 
 
 def rsi(values: ArrayLike, n: int = 14) -> Floats:
@@ -118,18 +123,7 @@ def rsi(values: ArrayLike, n: int = 14) -> Floats:
         ParameterError: if n isn't an integer of at least 1.
     """
     n = _length("rsi", n)
-
-    def index(column: list[float]) -> Iterable[float]:
-        changes = [new - old for old, new in pairwise(column)]
-        gain = _first_mean([change if change > 0.0 else 0.0 for change in changes[:n]], n)
-        loss = _first_mean([-change if change < 0.0 else 0.0 for change in changes[:n]], n)
-        yield 100.0 * gain / (gain + loss) if gain + loss > 0.0 else 50.0
-        for change in changes[n:]:
-            gain = (gain * (n - 1) + (change if change > 0.0 else 0.0)) / n
-            loss = (loss * (n - 1) + (-change if change < 0.0 else 0.0)) / n
-            yield 100.0 * gain / (gain + loss) if gain + loss > 0.0 else 50.0
-
-    return _over_columns([values], n + 1, index)
+    return _over_columns("rsi", [values], n, n + 1)
 
 
 def atr(high: ArrayLike, low: ArrayLike, close: ArrayLike, n: int = 14) -> Floats:
@@ -149,18 +143,7 @@ def atr(high: ArrayLike, low: ArrayLike, close: ArrayLike, n: int = 14) -> Float
         ParameterError: if n isn't an integer of at least 1, or the shapes differ.
     """
     n = _length("atr", n)
-
-    def average(highs: list[float], lows: list[float], closes: list[float]) -> Iterable[float]:
-        ranges = [highs[0] - lows[0]]
-        for h, l, before in zip(highs[1:], lows[1:], closes, strict=False):  # noqa: E741
-            ranges.append(max(h - l, abs(h - before), abs(l - before)))
-        mean = _first_mean(ranges, n)
-        yield mean
-        for each in ranges[n:]:
-            mean = (mean * (n - 1) + each) / n
-            yield mean
-
-    return _over_columns([high, low, close], n, average)
+    return _over_columns("atr", [high, low, close], n, n)
 
 
 def _length(name: str, n: int) -> int:
@@ -242,27 +225,39 @@ def _extremes(window: NDArray[Any], n: int, pick: Callable[..., NDArray[Any]]) -
     return part[:rows] if size == n else pick(part[:rows], part[n - size : n - size + rows])
 
 
-def _over_columns(arrays: list[ArrayLike], n: int, compute: Callable[..., Iterable[float]]) -> Floats:
-    """Hands each column's bars to `compute` as lists, which gives the values from the n-th bar on."""
+def own_bars(column: Floats) -> tuple[Floats, NDArray[np.int64] | None]:
+    """A symbol's values without its gaps, read-only and in one piece, and their rows; None: all rows."""
+    there = None
+    missing = np.isnan(column)
+    if missing.any():
+        there = np.flatnonzero(~missing)
+        column = column[there]
+    own = np.ascontiguousarray(column).view()
+    own.flags.writeable = False
+    return own, there
+
+
+def _over_columns(kernel: str, arrays: list[ArrayLike], n: int, full: int) -> Floats:
+    """Hands each column's bars to a kernel, which gives the values from the bar on where `full` bars are there."""
     given = [_as_floats(each) for each in arrays]
     if any(each.shape != given[0].shape for each in given):
         raise ParameterError(f"an indicator's columns differ in shape: {', '.join(str(each.shape) for each in given)}")
     result = np.full(given[0].shape, np.nan)
     columns, filled = [_columns(each) for each in given], _columns(result)
+    fast = compiling.compiled("ktrdr_async.strategies.kernels")
+    compute = getattr(fast or kernels, kernel)
     for j in range(filled.shape[1]):
         missing = np.isnan(columns[0][:, j])
         for each in columns[1:]:
             missing |= np.isnan(each[:, j])
         there = np.flatnonzero(~missing)
-        if len(there) >= n:
-            lists = [each[there, j].tolist() for each in columns]
-            found = np.fromiter(compute(*lists), dtype=np.float64, count=len(there) - n + 1)
-            filled[there[n - 1 :], j] = found
+        if len(there) < full:
+            continue
+        if fast is None:
+            found: Any = [np.nan] * len(there)
+            compute(*(each[there, j].tolist() for each in columns), n, found)
+        else:
+            found = np.full(len(there), np.nan)
+            compute(*(each[there, j] for each in columns), n, found)
+        filled[there, j] = found
     return result
-
-
-def _first_mean(values: list[float], n: int) -> float:
-    total = values[0]
-    for value in values[1:n]:
-        total += value
-    return total / n

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ktrdr_async.errors import ParameterError
-from ktrdr_async.strategies.indicators import sma
+from ktrdr_async.strategies.indicators import own_bars, sma
 from ktrdr_async.strategies.positions import Period, PositionStrategy, Quantity
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from numpy.typing import NDArray
 
     from ktrdr_async.market import Bars
@@ -54,3 +56,25 @@ class SmaCross(PositionStrategy):
         found = np.full(side.shape, np.nan)
         found[turns] = np.array([np.nan, 1.0, -1.0 if self.short else 0.0])[side[turns]]
         return found
+
+    def compiled_targets(self, bars: Bars, kernels: ModuleType) -> tuple[NDArray[np.int64], NDArray[np.float64]] | None:
+        """The same in one pass over each symbol's bars: where an order is, and what it is."""
+        if type(self) is not SmaCross:  # who inherits may have decided otherwise
+            return None
+        k = bars.k
+        room = kernels.PIECE + self.slow
+        scratch = [np.empty(room) for _ in range(4)]
+        places: list[NDArray[np.int64]] = []
+        sides: list[NDArray[np.int64]] = []
+        for j in range(k):
+            column, there = own_bars(bars.close[:, j])
+            at, side = np.empty(len(column), np.int64), np.empty(len(column), np.int64)
+            found = kernels.cross(column, self.fast, self.slow, -1 if self.short else 0, *scratch, at, side)
+            rows = at[:found] if there is None else there[at[:found]]
+            places.append(rows * k + j)
+            sides.append(side[:found].copy())
+        place, value = np.concatenate(places), np.concatenate(sides).astype(np.float64)
+        if k > 1:
+            order = np.argsort(place)
+            place, value = place[order], value[order]
+        return place, value * (1.0 / k if self.quantity is None else self.quantity)

@@ -17,6 +17,7 @@ from living import Busy, BusyAsync, Crossing
 
 import ktrdr_async as kt
 from ktrdr_async.backtesting import execution as ex
+from ktrdr_async.backtesting.ledger import Ledger
 from ktrdr_async.errors import KtrdrError
 from ktrdr_async.strategies.base import AnyStrategy
 
@@ -33,10 +34,12 @@ DERIVED = {
     "engine.strategy._running": "that it is in a run, which `run()` sets",
     "engine.strategy._bar": "the engine's own bar, which is walked there",
     "engine._window": "which rows are cached as floats; follows from the bar that is computed next",
-    "engine._opens": "cached rows of the bars",
-    "engine._closes": "cached rows of the bars",
-    "engine._rows": "cached rows of the targets",
-    "engine._decides": "cached rows of the targets",
+    "engine._portfolio.looks": "how often the account was looked at; by it a tier is chosen",
+    "engine._portfolio._window": "which rows the account has cached as floats",
+    "engine._portfolio._opens": "cached rows of the bars",
+    "engine._portfolio._closes": "cached rows of the bars",
+    "engine._portfolio._piece_equity": "room for the equity of one piece",
+    "engine._portfolio._decisions": "cached rows of known targets; what was said at bars is compared as `queued`",
     "engine._bar._start": "where the cached rows begin; index = _start + _i is compared",
     "engine._bar._stop": "where the cached rows end",
     "engine._bar._i": "index = _start + _i is compared",
@@ -47,7 +50,7 @@ DERIVED = {
     "engine._bar._volume": "cached rows of the bars",
     "engine._bar._feature_rows": "cached rows of the features",
     "engine._bar._rng": "keyed by (seed, bar), made when a bar asks",
-    "engine._portfolio.fills": "room for the fills of one piece, taken out before a boundary",
+    "engine._portfolio._fills": "room for the fills of one piece, taken out before a boundary",
     "engine._portfolio.tags": "numbers of tags in the order of their first use; compared as the tags they stand for",
     "engine._portfolio._tag_numbers": "the same table the other way round",
     "engine._portfolio.book.waiting_tag": "numbers of tags; compared as the tags they stand for",
@@ -92,7 +95,7 @@ def children(value: Any) -> list[tuple[str, Any]]:
         return [(f".{name}", getattr(value, name)) for name in value.__struct_fields__]
     if hasattr(value, "_asdict"):
         return [(f".{name}", child) for name, child in value._asdict().items()]
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | Ledger):
         return [("#", len(value)), *((f"[{i}]", child) for i, child in enumerate(value))]
     names = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
     names += list(getattr(value, "__dict__", {}))
@@ -108,6 +111,7 @@ def seen(engine: kt.BacktestingEngine) -> dict[str, Any]:
         "decisions": engine.decided.digest(engine.boundary.bar_index),
         "tags": [None if t < 0 else portfolio.tags[t] for t in portfolio.book.waiting_tag],
         "boundary tags": [None if t < 0 else portfolio.tags[t] for t in engine.boundary.book.waiting_tag],
+        "queued": portfolio._decisions.bar if portfolio._targets is None else None,
         "index": None if engine._bar is None else engine._bar.index,
     }
     return walk(engine) | extra

@@ -6,6 +6,8 @@ the sentence that tells a person what to do.
 
 from __future__ import annotations
 
+LONGEST = 10_000  # characters of a message or hint, whatever was handed over
+
 
 class KtrdrError(Exception):
     """Root of the tree. `code` names the kind of error, `hint` says what to do about it."""
@@ -13,6 +15,7 @@ class KtrdrError(Exception):
     code = "error"
 
     def __init__(self, message: str, *, hint: str = "") -> None:
+        message, hint = (text if len(text) <= LONGEST else text[:LONGEST] + " ..." for text in (message, hint))
         super().__init__(message)
         self.message = message
         self.hint = hint

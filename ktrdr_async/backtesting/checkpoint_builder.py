@@ -15,6 +15,7 @@ from ktrdr_async.backtesting.ledger import REASONS, PriceRange, TradeBook, trade
 from ktrdr_async.backtesting.provenance import manifest_of
 from ktrdr_async.checkpoint.schemas import (
     DEFAULT_EQUITY_SAMPLE_INTERVAL,
+    SCHEMA_VERSION,
     BacktestCheckpointState,
     Counters,
     EquitySample,
@@ -82,6 +83,7 @@ def build_backtest_checkpoint_state(
         trades=trades_of(ledger, engine.request.lot_size, prices) if since is None else [],
         equity_samples=[EquitySample(i, int(bars.timestamps[i]), float(engine.equity[i])) for i in samples],
         original_request=engine.request.to_dict() if original_request is None else original_request,
+        schema_version=SCHEMA_VERSION,
         ledger=ledger,
         recorded=[
             RecordedValue(b, name, _spell(v)) for b, name, v in portfolio.recorded[start.recorded : boundary.recorded]

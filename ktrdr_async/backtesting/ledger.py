@@ -46,20 +46,22 @@ class Ledger(Sequence[LedgerEvent]):
 
     def __init__(self, events: Iterable[LedgerEvent] = (), tags: Sequence[str] = ()) -> None:
         self._events = list(events)
-        self._columns: list[list[Any]] = []  # as `execution.Fills` has them, without its count
+        self._columns: list[tuple[int, list[Any]]] = []  # index of the first event; as `execution.Fills`, without count
         self._count = len(self._events)
         self._tags = tags  # by number; it grows with the run
 
     def add(self, columns: list[Any]) -> None:
         """Takes rows in as ten columns, lists or arrays that nobody writes to any more."""
-        self._columns.append(columns)
+        self._columns.append((self._count, columns))
         self._count += len(columns[0])
 
     def _all(self) -> list[LedgerEvent]:
         if self._columns:
             tags = self._tags
-            for columns in self._columns:
-                rows = zip(*(each if isinstance(each, list) else each.tolist() for each in columns), strict=True)
+            for first, columns in self._columns:
+                done = len(self._events) - first  # more than 0 where this was interrupted before
+                rests = (each[done:] if isinstance(each, list) else each[done:].tolist() for each in columns)
+                rows = zip(*rests, strict=True)
                 self._events.extend(
                     LedgerEvent(
                         bar, symbol, lots, requested, price, fee, cash, PARTS[part], REASONS[reason],

@@ -15,8 +15,8 @@ import msgspec
 
 from ktrdr_async.backtesting.execution import ARITHMETIC_VERSION
 from ktrdr_async.checkpoint.manifest import Manifest, environment, numeric_probe
-from ktrdr_async.checkpoint.schemas import SCHEMA_VERSION
-from ktrdr_async.errors import CheckpointCorruptedError, CheckpointMismatchError, SchemaVersionError
+from ktrdr_async.checkpoint.schemas import check_version
+from ktrdr_async.errors import CheckpointCorruptedError, CheckpointMismatchError
 from ktrdr_async.strategies.base import StrategyBase
 
 if TYPE_CHECKING:
@@ -143,21 +143,28 @@ def _data_of(engine: BacktestingEngine) -> str:
     return f"{len(engine.bars)} bars, fingerprint {engine.bars.fingerprint()[:12]}"
 
 
+def _in_range(state: BacktestCheckpointState) -> bool:
+    """Whether every count, and every sum of lots, has at most 64 bits, as the state's digest takes them."""
+    counters = state.counters
+    counts = [
+        counters.cut, counters.cut_to_zero, counters.refused_after_ruin, counters.ordered_rows, counters.ruined_at,
+        *counters.zero_lots, *(order.lots for order in state.waiting), *(event.requested for event in state.ledger),
+        *(record.bar for record in state.recorded), sum(abs(event.lots) for event in state.ledger),
+    ]  # fmt: skip
+    return min(counts) >= -(2**63) and max(counts) < 2**63
+
+
 def check_past(
     engine: BacktestingEngine, state: BacktestCheckpointState, operation: str, accept: Accept = nothing
 ) -> list[str]:
     """Refuses a checkpoint that this engine can't go on from. Returns the differences that were accepted, in words.
 
     Raises:
-        SchemaVersionError: if newer code wrote it.
+        SchemaVersionError: if its version isn't known here.
         CheckpointCorruptedError: if it isn't whole.
         CheckpointMismatchError: if data, code, numbers or request differ; it holds each difference.
     """
-    if state.schema_version > SCHEMA_VERSION:
-        raise SchemaVersionError(
-            f"the checkpoint has schema version {state.schema_version}, this code knows {SCHEMA_VERSION}",
-            hint="upgrade ktrdr_async",
-        )
+    check_version(state.schema_version)
     if state.ledger_from or state.recorded_from:
         raise CheckpointCorruptedError(
             operation,
@@ -165,6 +172,8 @@ def check_past(
             f"{state.recorded_from}",
             hint="load it with its segments",
         )
+    if not _in_range(state):
+        raise CheckpointCorruptedError(operation, "the checkpoint holds a count that no run comes to")
     n = len(engine.bars)
     if not 0 <= state.bar_index < n:
         raise CheckpointMismatchError(

@@ -11,6 +11,8 @@ import numpy as np
 
 from ktrdr_async.errors import ParameterError
 
+MAX_DEPTH = 32  # levels of lists and objects in a parameter
+
 
 @functools.cache
 def _fields() -> tuple[msgspec.structs.FieldInfo, ...]:
@@ -55,6 +57,11 @@ class BacktestRequest(msgspec.Struct, frozen=True, kw_only=True):
                 what = str(error).split(" - at")[0].lower()
                 raise ParameterError(f"{field.name} is {value!r}: {what}") from None
             msgspec.structs.force_setattr(self, field.name, kept)
+        _check_storable(self.parameters)
+        try:
+            msgspec.json.encode(self)
+        except UnicodeEncodeError:
+            raise ParameterError("a text of the request holds a lone surrogate, which can't be stored") from None
         if not (math.isfinite(self.initial_capital) and self.initial_capital > 0):
             raise ParameterError(f"initial_capital is {self.initial_capital}; it must be a finite number above 0")
         if not (math.isfinite(self.lot_size) and self.lot_size > 0):
@@ -78,3 +85,16 @@ class BacktestRequest(msgspec.Struct, frozen=True, kw_only=True):
         except msgspec.ValidationError as error:
             cause = error.__cause__
             raise cause if isinstance(cause, ParameterError) else ParameterError(f"the request: {error}") from error
+        except UnicodeEncodeError:
+            raise ParameterError("the request has a field whose name is no text") from None
+
+
+def _check_storable(value: Any, name: str = "parameters", depth: int = 0) -> None:
+    """Refuses what JSON would store as something else without a word."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ParameterError(f"{name} is {value}; a number must be finite")
+    if isinstance(value, dict | list | tuple):
+        if depth > MAX_DEPTH:
+            raise ParameterError(f"{name} is nested deeper than {MAX_DEPTH} levels")
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_storable(item, f"{name}.{key}", depth + 1)

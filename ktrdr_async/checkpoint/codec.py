@@ -17,13 +17,13 @@ import msgspec
 
 from ktrdr_async.backtesting.ledger import LedgerEvent
 from ktrdr_async.checkpoint.schemas import (
-    SCHEMA_VERSION,
     SEGMENT_LIMIT,
     BacktestCheckpointState,
     EquitySample,
     RecordedValue,
+    check_version,
 )
-from ktrdr_async.errors import InputError, SchemaVersionError
+from ktrdr_async.errors import InputError
 from ktrdr_async.operations.jsonb import (
     MAX_BYTES,
     TAG,
@@ -103,10 +103,10 @@ class Kind(Generic[R]):
             raise InputError(f"a text in {self.name} holds a lone surrogate, which can't be stored") from error
         except (msgspec.ValidationError, TypeError):
             pass
-        text = encode_tree(tagged(msgspec.to_builtins(records), where=self.name))
         try:
+            text = encode_tree(tagged(msgspec.to_builtins(records), where=self.name))
             return text, self.decode(text.decode())
-        except (msgspec.ValidationError, ValueError) as error:
+        except (msgspec.ValidationError, ValueError, TypeError) as error:
             raise InputError(f"{self.name} holds a record of another type: {error}") from None
 
     def decode(self, text: str) -> list[R]:
@@ -173,7 +173,10 @@ class SegmentWork:
             for first in range(0, len(records), PIECE):
                 text, values = kind.encode(records[first : first + PIECE])
                 texts.append(text[1:-1])
-                self._take(into, values)
+                try:
+                    self._take(into, values)
+                except ValueError as error:
+                    raise InputError(f"{kind.name}: {error}") from None
                 yield None
             parts.append(b'"' + kind.name.encode() + b'":[' + b",".join(texts) + b"]")
         whole = b"{" + b",".join(parts) + b"}"
@@ -207,8 +210,11 @@ class SegmentWork:
 
     def _take(self, into: list[Any], values: list[Any]) -> None:
         # Each piece enters as a list of its own: a length in front of every one keeps two splits from hashing alike.
+        try:
+            self._hash.update(_canonical.encode(values))
+        except OverflowError:
+            raise ValueError("an integer has more than 64 bits") from None
         into.extend(values)
-        self._hash.update(_canonical.encode(values))
 
 
 class EncodedHead(NamedTuple):
@@ -220,8 +226,12 @@ class EncodedHead(NamedTuple):
 
 def encode_head(state: BacktestCheckpointState) -> EncodedHead:
     """The head of a state. :raises InputError: if it holds what can't be stored, or is too large; with its size."""
-    fields = msgspec.to_builtins({name: getattr(state, name) for name in HEAD_FIELDS}, str_keys=True)
-    text = encode_tree(tagged(fields)).decode()
+    try:
+        fields = msgspec.to_builtins({name: getattr(state, name) for name in HEAD_FIELDS if name != "original_request"})
+    except (ValueError, TypeError) as error:
+        raise InputError(f"the state holds what JSON can't hold: {error}") from None
+    # As it is: what JSON can't hold is refused, not turned into something that it can.
+    text = encode_tree(tagged({**fields, "original_request": state.original_request})).decode()
     try:
         return EncodedHead(text, canonical_head(decode_head(text)))
     except (ValueError, msgspec.ValidationError) as error:
@@ -232,23 +242,24 @@ def decode_head(text: str) -> BacktestCheckpointState:
     """The state of a head, its growing fields empty.
 
     Raises:
-        SchemaVersionError: if newer code wrote it: to be handed back, not to be marked as failed.
+        SchemaVersionError: if its version isn't known here: to be handed back, not to be marked as failed.
         ValueError: if it is too large, too deep, no JSON, or a field has another type.
     """
     if len(text) > MAX_BYTES:
         raise ValueError(f"{len(text)} bytes are more than the {MAX_BYTES} that are read")
     tree = from_json(text)
     version = tree.get("schema_version") if isinstance(tree, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise SchemaVersionError(
-            f"the checkpoint has schema version {version}, this code knows {SCHEMA_VERSION}", hint="upgrade ktrdr_async"
-        )
+    if isinstance(version, int):
+        check_version(version)
     return msgspec.convert(tree, BacktestCheckpointState)
 
 
 def canonical_head(state: BacktestCheckpointState) -> bytes:
-    """Canonical bytes of a head's state."""
-    return _canonical.encode({name: value for name, value in _plain(state).items() if name not in APART})
+    """Canonical bytes of a head's state. :raises ValueError: if an integer has more than 64 bits."""
+    try:
+        return _canonical.encode({name: value for name, value in _plain(state).items() if name not in APART})
+    except OverflowError:
+        raise ValueError("an integer has more than 64 bits") from None
 
 
 def head_digest(head: Head, canonical: bytes) -> str:

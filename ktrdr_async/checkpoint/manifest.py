@@ -6,10 +6,14 @@ import functools
 import hashlib
 import math
 import platform
+from collections.abc import Iterator
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -61,28 +65,68 @@ def environment() -> MappingProxyType[str, str]:
 
 @functools.cache
 def numeric_probe() -> str:
-    """SHA-256 over functions whose bits change with CPU features, BLAS kernels and threads, libm and Python.
+    """SHA-256 over functions whose bits change with CPU features, BLAS kernels and threads, libm, Python and libraries.
 
     A strategy that isn't built in may use any of them; where the probe differs, its numbers may differ too.
     """
+    found = hashlib.sha256()
+    for values in _probed():
+        found.update(values.tobytes())
+    return found.hexdigest()
+
+
+def _probed() -> Iterator[NDArray[Any]]:
     import numpy as np
+    import pandas as pd
 
     x = np.arange(1, 4001, dtype=np.float64) / 997.0
-    found = hashlib.sha256()
-    for function in (np.exp, np.log, np.log1p, np.sin, np.tanh, np.cbrt):
-        found.update(function(x).tobytes())
-    found.update(np.power(x, 1.7).tobytes())
-    found.update(np.exp(x[::3]).tobytes())
+    unit = x % 1.0
+    short = x.astype(np.float32)
+    for function in (
+        np.exp, np.exp2, np.expm1, np.log, np.log2, np.log10, np.log1p, np.sin, np.cos, np.tan, np.arctan, np.sinh,
+        np.cosh, np.tanh, np.arcsinh, np.cbrt,
+    ):  # fmt: skip
+        yield function(x)
+        yield function(short)
+    yield np.exp(x[::3])
+    yield np.arcsin(unit)
+    yield np.arctan2(x, unit)
+    yield np.power(x, 1.7)
+
     grid = np.sin(np.arange(500 * 37, dtype=np.float64)).reshape(500, 37)
     wide = np.sin(np.arange(1500 * 500, dtype=np.float64) / 7.0).reshape(1500, 500)
     for axis in (0, 1):
-        found.update(grid.mean(axis=axis).tobytes())
-        found.update(np.asfortranarray(grid).sum(axis=axis).tobytes())
-    found.update((grid.T @ grid).tobytes())
-    found.update((wide.T @ wide).tobytes())
+        yield grid.mean(axis=axis)
+        yield np.asfortranarray(grid).sum(axis=axis)
+    yield grid.T @ grid
+    yield wide.T @ wide
+    yield wide.T @ x[:1500]
+    yield np.array([x[:20] @ unit[:20], x @ unit])
+    yield np.convolve(unit, x[:50])
+    yield np.linalg.lstsq(grid, x[:500], rcond=None)[0]
+    yield np.linalg.solve(grid[:37] + 3.0 * np.eye(37), x[:37])
+    yield np.linalg.svd(grid[:40, :5])[1]
+    yield np.fft.rfft(unit[:1000])
+
     values = x.tolist()
-    found.update(np.float64(sum(values)).tobytes())
-    for scalar in (math.exp, math.sin, math.log, math.tanh):
-        found.update(np.array([scalar(v) for v in values[::40]]).tobytes())
-    found.update(np.array([math.pow(v, 1.3) for v in values[::40]]).tobytes())
-    return found.hexdigest()
+    yield np.array([sum(values), math.fsum(values)])
+    for scalar in (math.exp, math.expm1, math.log, math.log10, math.sin, math.tan, math.atan, math.tanh):
+        yield np.array([scalar(v) for v in values[::40]])
+    yield np.array([math.pow(v, 1.3) for v in values[::40]])
+
+    rng = np.random.Generator(np.random.Philox(key=7))
+    yield rng.random(64)
+    yield rng.standard_normal(1000)
+    yield rng.standard_exponential(1000)
+    yield rng.standard_gamma(1.7, 1000)
+    yield rng.integers(0, 97, 64)
+    yield rng.permutation(64)
+
+    frame, series = pd.DataFrame(grid[:, :5]), pd.Series(unit)
+    window = series.rolling(20)
+    for made in (
+        frame.mean(axis=1), frame.std(), frame.corr(), window.mean(), window.std(), window.skew(),
+        window.corr(pd.Series(x)), series.ewm(span=12).mean(),
+    ):  # fmt: skip
+        yield made.to_numpy()
+    yield np.array([series.skew(), series.kurt()])

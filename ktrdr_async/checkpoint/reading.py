@@ -60,13 +60,14 @@ async def read_checkpoint(
             return None
         try:
             state = decode_head(row["state"])
+            canonical = canonical_head(state)
         except (ValueError, msgspec.DecodeError) as error:
             _corrupted(operation_id, f"the head can't be read: {error}")
         chain = await _read_chain(database, connection, operation_id, row["last_segment"])
     counts = Counts(row["ledger_count"], row["samples_count"], row["recorded_count"])
     _compare(operation_id, row, chain, counts)
     head = Head(operation_id, row["checkpoint_type"], row["revision"], chain.segments, chain.tip, counts)
-    if head_digest(head, canonical_head(state)) != row["digest"]:
+    if head_digest(head, canonical) != row["digest"]:
         _corrupted(operation_id, f"the head of revision {row['revision']} fails its digest")
     state.ledger, state.equity_samples, state.recorded = chain.ledger, chain.samples, chain.recorded
     state.trades = await _trades(state)

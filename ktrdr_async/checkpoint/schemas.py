@@ -14,6 +14,7 @@ import msgspec
 
 from ktrdr_async.backtesting.ledger import LedgerEvent, Trade
 from ktrdr_async.checkpoint.manifest import Manifest
+from ktrdr_async.errors import SchemaVersionError
 
 SCHEMA_VERSION = 1
 DEFAULT_CHECKPOINT_BAR_INTERVAL = 10_000
@@ -81,6 +82,20 @@ class Counters(msgspec.Struct, frozen=True):
     ruined_at: int = -1  # bar whose close found equity <= 0; -1: never
 
 
+def check_version(version: int) -> None:
+    """Refuses a state that this code doesn't know, by what its version means.
+
+    Raises:
+        SchemaVersionError: if it is newer, or older than any that there was.
+    """
+    if not 1 <= version <= SCHEMA_VERSION:
+        newer, known = version > SCHEMA_VERSION, "1" if SCHEMA_VERSION == 1 else f"1 to {SCHEMA_VERSION}"
+        raise SchemaVersionError(
+            f"the checkpoint has schema version {version}, this code knows {known}",
+            hint="upgrade ktrdr_async" if newer else "no release wrote such a version: restore the database",
+        )
+
+
 class BacktestCheckpointState(msgspec.Struct, kw_only=True):
     """The whole state of a backtest at a boundary.
 
@@ -97,7 +112,7 @@ class BacktestCheckpointState(msgspec.Struct, kw_only=True):
     trades: list[Trade] = []
     equity_samples: list[EquitySample] = []
     original_request: dict[str, Any] = {}
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = 1  # SCHEMA_VERSION of the code that built it; the default is the first one's for ever
     ledger: list[LedgerEvent] = []
     recorded: list[RecordedValue] = []
     ledger_from: int = 0

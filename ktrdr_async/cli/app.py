@@ -70,7 +70,8 @@ def run(tokens: Sequence[str], signals: Signals) -> int:
     if context.output.failed_write is not None:
         reason = context.output.failed_write.strerror
         context.output.error(f"the result couldn't be written to standard output: {reason}")
-        return code or FAILED
+        code = code or FAILED
+    context.output.close()
     return code
 
 

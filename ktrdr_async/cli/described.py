@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktrdr_async.cli.context import DATABASE_VARIABLE
 from ktrdr_async.cli.failures import resumable
-from ktrdr_async.cli.options import roots_of
+from ktrdr_async.cli.options import files_of, roots_of
 from ktrdr_async.cli.output import Output, blank
 from ktrdr_async.cli.tables import (
     moment,
@@ -72,11 +72,9 @@ def described(row: Operation, dsn: str | None = None) -> dict[str, Any]:
 def print_operation(output: Output, row: Operation, dsn: str | None) -> None:
     """An operation for people: the summary of a completed one, where another one stands."""
     if row.result is not None:
-        import msgspec
+        from ktrdr_async.supervision.stored import outcome_of, request_of
 
-        from ktrdr_async.backtesting.results import Outcome
-
-        print_summary(output, row.operation_id, msgspec.convert(row.result, Outcome), row.request, None)
+        print_summary(output, row.operation_id, outcome_of(row), request_of(row).to_dict(), None)
         return
     told = row.progress or {}
     bar, bars = progress_of(row)
@@ -114,7 +112,7 @@ def print_operation(output: Output, row: Operation, dsn: str | None) -> None:
 def resume_command(row: Operation, dsn: str | None) -> str:
     """What goes on with it, on the database that this command line looked at."""
     named, own = str(row.request.get("strategy")), not (dsn or os.environ.get(DATABASE_VARIABLE))
-    roots = () if own else roots_of(row.request.get("data"))
+    roots = () if own else roots_of(row.request.get("data"), files_of(row.request))
     command, remark = resumable(row.operation_id, dsn=dsn, allow=(named,) if ":" in named else (), roots=roots)
     return command + (f"  ({remark})" if remark else "")
 

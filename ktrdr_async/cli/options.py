@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
@@ -225,11 +226,18 @@ def absolute(reference: str) -> str:
     return os.path.abspath(reference)
 
 
-def roots_of(reference: str | None) -> tuple[str, ...]:
-    """The directories that a reference's files are in: what `--data-root` must name."""
-    if not reference or reference.startswith(("synthetic:", "memory:")):
-        return ()
-    paths = [reference]
-    if not os.path.exists(reference) and _PAIRS.fullmatch(reference):
+def roots_of(reference: str | None, files: Sequence[str] = ()) -> tuple[str, ...]:
+    """The directories that a reference's files, and further ones, are in: what `--data-root` must name."""
+    paths = [] if not reference or reference.startswith(("synthetic:", "memory:")) else [reference]
+    if reference and paths and not os.path.exists(reference) and _PAIRS.fullmatch(reference):
         paths = [pair.partition("=")[2] for pair in reference.split(",")]
+    paths += files
     return tuple(dict.fromkeys(path if os.path.isdir(path) else os.path.dirname(path) for path in paths))
+
+
+def files_of(request: Mapping[str, Any]) -> list[str]:
+    """The files that a stored request's strategy reads."""
+    from ktrdr_async.strategies.registry import BUILT_IN
+
+    named = getattr(BUILT_IN.get(request.get("strategy") or ""), "file_parameters", ())
+    return [path for name in named if isinstance(path := request.get("parameters", {}).get(name), str)]

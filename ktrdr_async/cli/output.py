@@ -116,6 +116,12 @@ class Output:
         self._result = os.fdopen(own, "w", encoding="utf-8")
         sys.stdout = sys.stderr if sys.stderr is not None else open(os.devnull, "w")  # noqa: SIM115 - until the end
 
+    def close(self) -> None:
+        """Gives back the stream that was kept for the one object."""
+        if self.descriptor != 1 and self._result is not None:
+            _close_quietly(self._result)
+            self._result.close()
+
     # To stderr.
 
     def note(self, text: str) -> None:

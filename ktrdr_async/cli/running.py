@@ -17,6 +17,7 @@ from ktrdr_async.cli.progress import view_of
 from ktrdr_async.cli.tables import print_summary
 from ktrdr_async.errors import CancellationError, CheckpointError, OperationNotFoundError
 from ktrdr_async.operations.lifecycle import Operation, Status
+from ktrdr_async.supervision.stored import outcome_of
 from ktrdr_async.supervision.worker import BacktestWorker
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class Runner:
         if row is not None:
             ended.status, ended.checkpoint_bar, ended.request = row.status.value, row.checkpoint_bar, row.request
             if row.status is Status.COMPLETED and row.result is not None and not isinstance(error, Exception):
-                ended.outcome = msgspec.convert(row.result, Outcome)  # the signal came when all was done
+                ended.outcome = outcome_of(row)  # the signal came when all was done
                 ended.statistics = ended.outcome.run
                 return ended
         elif progress is not None:

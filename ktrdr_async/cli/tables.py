@@ -24,7 +24,10 @@ def time_text(nanoseconds: int | None) -> str:
     """A bar's time, UTC, to the minute."""
     if nanoseconds is None:
         return "-"
-    return f"{datetime.fromtimestamp(nanoseconds // 1_000_000_000, UTC):%Y-%m-%d %H:%M}"
+    try:
+        return f"{datetime.fromtimestamp(nanoseconds // 1_000_000_000, UTC):%Y-%m-%d %H:%M}"
+    except (OverflowError, ValueError, OSError):  # no bar has it: what is stored was changed
+        return f"{nanoseconds} ns"
 
 
 def moment(when: datetime | None) -> str:
@@ -175,7 +178,10 @@ def _cells(row: Operation) -> tuple[str, ...]:
 
 
 def progress_of(row: Operation) -> tuple[int | None, int | None]:
-    """An operation's last known bar, and how many it has."""
+    """An operation's last known bar, and how many it has. :raises CheckpointCorruptedError: if its row isn't whole."""
+    from ktrdr_async.supervision.stored import check
+
+    check(row)
     told = row.progress or {}
     bars = told.get("bars") or None
     bar = told.get("bar_index", -1)

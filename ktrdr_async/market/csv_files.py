@@ -185,10 +185,12 @@ class _Lent(io.RawIOBase):
     Arrow reads ahead in threads of its own, which may be at it when the rows before are found wrong.
     """
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, source: Source) -> None:
         super().__init__()
         self._stream: BinaryIO | None = stream
+        self._source = source
         self._lock = threading.Lock()
+        self._given = 0  # bytes
 
     def take_back(self) -> None:
         """Waits for a read that goes on; every later one finds the end."""
@@ -200,7 +202,11 @@ class _Lent(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         with self._lock:
-            return b"" if self._stream is None else self._stream.read(size)
+            data = b"" if self._stream is None else self._stream.read(size)
+        self._given += len(data)
+        if self._given > MAX_BYTES:
+            raise _too_large(self._source)
+        return data
 
 
 class _Table:
@@ -235,7 +241,7 @@ class _Table:
     def lent(self) -> _Lent:
         """Lends the stream from its start, until it is taken back."""
         self._stream.seek(0)
-        self._lent = _Lent(self._stream)
+        self._lent = _Lent(self._stream, self._source)
         return self._lent
 
     def take_back(self) -> None:
@@ -339,7 +345,7 @@ def _lines(stream: BinaryIO, source: Source) -> Iterator[str]:
     while block:
         size += len(block)
         if size > MAX_BYTES:
-            raise source.error(f"a CSV of more than {MAX_BYTES / 2**30:.0f} GiB is refused")
+            raise _too_large(source)
         try:
             text = decoder.decode(block)
         except UnicodeDecodeError:
@@ -354,6 +360,10 @@ def _lines(stream: BinaryIO, source: Source) -> Iterator[str]:
         block = stream.read(_READ)
     if rest:
         yield rest
+
+
+def _too_large(source: Source) -> DataError:
+    return source.error(f"a CSV of more than {MAX_BYTES / 2**30:.0f} GiB is refused")
 
 
 def _numbers(cells: Sequence[str], column: str, done: int, source: Source) -> Floats:

@@ -80,7 +80,13 @@ def frame_items(
         raise source.error("columns have one level, or two as yfinance gives them", value=frame.columns.nlevels)
     names = [str(name) for name in frame.columns]
     indexed = isinstance(frame.index, pd.DatetimeIndex | pd.PeriodIndex)
-    if not indexed and frame.index.name is not None and str(frame.index.name) not in names:
+    if frame.index.nlevels > 1:
+        levels = [str(name) for name in frame.index.names]
+        if None in frame.index.names or len({*levels, *names}) < len(levels) + len(names):
+            raise source.error("each level of an index needs a name of its own", value=", ".join(levels))
+        frame = frame.reset_index()
+        names = [str(name) for name in frame.columns]
+    elif not indexed and frame.index.name is not None and str(frame.index.name) not in names:
         frame = frame.reset_index()
         names = [str(name) for name in frame.columns]
     elif not indexed and not isinstance(frame.index, pd.RangeIndex) and not _has_time(names):

@@ -9,7 +9,16 @@ import msgspec
 import numpy as np
 
 from ktrdr_async.errors import DataError
-from ktrdr_async.market.validation import FIELDS, Floats, Integers, Source, SymbolBars, check_symbols, unknown_symbol
+from ktrdr_async.market.validation import (
+    FIELDS,
+    Floats,
+    Integers,
+    Source,
+    SymbolBars,
+    check_symbols,
+    shortened,
+    unknown_symbol,
+)
 
 PRICES = FIELDS[:4]
 
@@ -209,7 +218,7 @@ def _only(name: str, plain: Sequence[str], names: Sequence[str], source: Source)
 
 def _missing(missing: Sequence[str], names: Sequence[str], source: Source) -> DataError:
     found = ", ".join(name or "(unnamed)" for name in names[:40]) + (", ..." if len(names) > 40 else "")
-    columns = f"; found the columns: {found or 'none'}" if source.show_values else ""
+    columns = f"; found the columns: {shortened(found, 1_000) or 'none'}" if source.show_values else ""
     return source.error(
         f"there is no column for {', '.join(missing)}{columns}",
         hint="the first line must name time, open, high, low, close and, if there is one, volume, in any case; or a "

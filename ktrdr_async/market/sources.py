@@ -17,7 +17,7 @@ from typing import BinaryIO, cast
 
 from ktrdr_async.errors import DataError, DataNotAllowedError
 from ktrdr_async.market.bars import Bars, Stamp
-from ktrdr_async.market.csv_files import csv_items
+from ktrdr_async.market.csv_files import MAX_BYTES, csv_items
 from ktrdr_async.market.join import joined
 from ktrdr_async.market.synthetic import SCHEME, read_synthetic
 from ktrdr_async.market.timeframes import parse_timeframe
@@ -28,6 +28,7 @@ from ktrdr_async.market.validation import (
     SymbolBars,
     check_size,
     check_symbols,
+    shortened,
     unknown_symbol,
 )
 
@@ -184,7 +185,7 @@ def _permitted(path: str, roots: Sequence[str | os.PathLike[str]]) -> str:
         if real and Path(real).is_relative_to(os.path.realpath(root)):
             return real
     raise DataNotAllowedError(
-        f"{path}: the data lie outside the permitted directories, or don't exist",
+        f"{shortened(path, 1_000)}: the data lie outside the permitted directories, or don't exist",
         hint="permit their directory with open(data_roots=(...)) or --data-root",
     )
 
@@ -237,7 +238,12 @@ def _parquet_items(
             cells = file.metadata.num_rows * file.metadata.num_columns
             if cells > 10 * MAX_BARS:
                 raise source.error(f"more than {10 * MAX_BARS:,} cells are refused", value=cells)
-            frame = file.read().to_pandas()
+            size = sum(file.metadata.row_group(at).total_byte_size for at in range(file.metadata.num_row_groups))
+            if size > MAX_BYTES:
+                raise source.error(f"a Parquet file of more than {MAX_BYTES / 2**30:.0f} GiB is refused", value=size)
+            table = file.read()
+            table.validate(full=True)  # texts that are none would be found at their first use, wherever that is
+            frame = table.to_pandas()
     except DataError:
         raise
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, NotImplementedError) as error:

@@ -44,11 +44,11 @@ class Source:
         self, rule: str, *, row: int | None = None, column: str = "", value: object = _UNSAID, hint: str = ""
     ) -> DataError:
         """Makes the error for a broken rule, with the value that broke it unless values are hidden."""
-        places = [self.name]
+        places = [shortened(self.name, 1_000)]
         if row is not None:
             places.append(self.row_name(row))
         if column:
-            places.append(f"column {column}")
+            places.append(f"column {shortened(column)}")
         found = "" if value is _UNSAID or not self.show_values else f"; found {_quoted(value)}"
         return DataError(f"{rule}{found}", where=", ".join(places), hint=hint)
 
@@ -68,8 +68,12 @@ class SymbolBars(msgspec.Struct, frozen=True):
 def _quoted(value: object) -> str:
     if isinstance(value, float):
         return repr(float(value))
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 300 else text[:300] + "..."
+    return shortened(value if isinstance(value, str) else repr(value))
+
+
+def shortened(text: str, length: int = 300) -> str:
+    """The text as a message quotes it: whatever was handed over, a message stays short."""
+    return text if len(text) <= length else text[:length] + "..."
 
 
 def check_size(rows: int, symbols: int, source: Source) -> None:
@@ -100,7 +104,7 @@ def check_symbols(symbols: Sequence[str], source: Source) -> tuple[str, ...]:
 
 def unknown_symbol(name: str, known: Sequence[str], source: Source) -> DataError:
     """Makes the error for a symbol that the data don't have."""
-    listed = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+    listed = shortened(", ".join(known[:20]) + (", ..." if len(known) > 20 else ""))
     return source.error(
         "there is no such symbol", value=name, hint=f"there are: {listed}" if source.show_values else ""
     )

@@ -94,7 +94,7 @@ def tagged(value: Any, *, repair: bool = False, where: str = "", depth: int = 0)
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
-        number = float(value)
+        number = _double(value, where)
         exact = abs(number) < EXACT_BELOW and (number != 0.0 or math.copysign(1.0, number) > 0)
         return number if exact else {TAG: repr(number)}
     if depth >= MAX_DEPTH:
@@ -112,12 +112,25 @@ def tagged(value: Any, *, repair: bool = False, where: str = "", depth: int = 0)
     raise InputError(f"{where or 'the value'} is of type {type(value).__name__}, which JSON can't hold")
 
 
+def _double(value: Real, where: str) -> float:
+    """The value as a float. :raises InputError: if that is another number, as of a long double or a fraction."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if number != value and not math.isnan(number):
+        raise InputError(f"{where or 'the value'} is {value!r}, which no float holds exactly")
+    return number
+
+
 def untagged(value: Any, depth: int = 0) -> Any:
     """The tree with each tag replaced by its float. :raises ValueError: if it is too deep or a tag holds no float."""
     if depth > MAX_DEPTH:
         raise ValueError(f"JSON is nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, dict):
         if len(value) == 1 and TAG in value:
+            if not isinstance(value[TAG], str):
+                raise ValueError(f"a tagged float is a text, not a {type(value[TAG]).__name__}")
             return float(value[TAG])
         return {key: untagged(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list):

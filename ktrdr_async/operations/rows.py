@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from ktrdr_async.errors import AlreadyClaimedError, OperationNotFoundError
+import msgspec
+
+from ktrdr_async.errors import AlreadyClaimedError, CheckpointCorruptedError, KtrdrError, OperationNotFoundError
 from ktrdr_async.operations.jsonb import canonical, from_json
 from ktrdr_async.operations.lifecycle import Operation, Owner, Parent, Status
 
+T = TypeVar("T")
+
 
 def operation_of(row: Any) -> Operation:
-    """An operation from a row of the overview."""
+    """An operation from a row of the overview. :raises CheckpointCorruptedError: if its JSON can't be read."""
     parent = None if row["parent_id"] is None else Parent(row["parent_id"], row["parent_bar"], row["parent_digest"])
     return Operation(
         operation_id=row["operation_id"],
         type=row["type"],
         status=Status(row["status"]),
-        request=from_json(row["request"]),
+        request=_tree(row, "request") or {},
         parent=parent,
         owner=None if row["owner_host"] is None else owner_of(row),
         epoch=row["epoch"],
@@ -24,10 +29,10 @@ def operation_of(row: Any) -> Operation:
         cancel_epoch=row["cancel_epoch"],
         paused=row["paused"],
         heartbeat_at=row["heartbeat_at"],
-        progress=None if row["progress"] is None else from_json(row["progress"]),
-        result=None if row["result"] is None else from_json(row["result"]),
+        progress=_tree(row, "progress"),
+        result=_tree(row, "result"),
         result_digest=row["result_digest"],
-        error=None if row["error"] is None else from_json(row["error"]),
+        error=_tree(row, "error"),
         created_at=row["created_at"],
         started_at=row["started_at"],
         finished_at=row["finished_at"],
@@ -36,6 +41,25 @@ def operation_of(row: Any) -> Operation:
         checkpoint_at=row["checkpoint_at"],
         checkpoint_bytes=row["checkpoint_bytes"],
     )
+
+
+def _tree(row: Any, column: str) -> dict[str, Any] | None:
+    text = row[column]
+    return None if text is None else read(row["operation_id"], column, lambda: msgspec.convert(from_json(text), dict))
+
+
+def read(operation_id: str, what: str, call: Callable[[], T]) -> T:
+    """What a call makes of something that is stored of an operation.
+
+    Raises:
+        CheckpointCorruptedError: if it can't: something else than we has written it.
+    """
+    try:
+        return call()
+    except (ValueError, TypeError, OverflowError, RecursionError, KtrdrError) as error:
+        raise CheckpointCorruptedError(
+            operation_id, f"the {what} of operation {operation_id} can't be read: {error}", hint="restore the database"
+        ) from error
 
 
 def owner_of(row: Any) -> Owner:

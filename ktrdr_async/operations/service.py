@@ -165,6 +165,8 @@ class OperationsService:
             row = await connection.fetchrow(self._database.sql("claimable"), operation_id, lease_seconds)
             if row is None:
                 raise not_found(operation_id)
+            if row["owner_token"] == token and row["status"] == Status.RUNNING:
+                return Claim(operation_id, row["epoch"], token)  # an earlier try landed while this one waited for it
             if row["owner_token"] is None or row["status"] != Status.RUNNING:
                 raise AlreadyClaimedError(operation_id, f"operation {operation_id} changed while it was being claimed")
             raise already_claimed(operation_id, row)

@@ -187,6 +187,7 @@ class Database:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
         pause = FIRST_PAUSE
+        reason: Exception | None = None
         while True:
             working = False
             try:
@@ -196,6 +197,15 @@ class Database:
                     working = True
                     try:
                         return await work(connection)
+                    except AttributeError as error:
+                        # Cut between two steps of the driver's own: the connection has lost its protocol meanwhile.
+                        if not connection.is_closed():
+                            raise
+                        lost = "connection was closed in the middle of operation"
+                        raise asyncpg.ConnectionDoesNotExistError(lost) from error
+                    except asyncpg.ReadOnlySQLTransactionError:
+                        connection.terminate()  # it stays a standby's, or read-only, when others can write again
+                        raise
                     finally:
                         cut.cancel()
             except Exception as error:
@@ -203,7 +213,11 @@ class Database:
                 passing = is_transient(error) and not (working and isinstance(error, TimeoutError))
                 left = deadline - loop.time()
                 if not passing or left <= 0:
+                    ours = left <= 0 if working else isinstance(error, TimeoutError)
+                    if passing and ours and reason is not None:
+                        raise reason from error  # what went wrong before the time was over says more than that it is
                     raise
+                reason = reason if isinstance(error, TimeoutError) else error
                 log.warning("%s: %s; trying again for %.1f s", self.label, short(error), left)
                 if not isinstance(error, asyncpg.PostgresError) or isinstance(error, asyncpg.AdminShutdownError):
                     await self._revive(min(left, REVIVAL))  # else a server is there, and says so itself
@@ -227,13 +241,20 @@ class Database:
         return connection
 
     async def _give_back(self, connection: Proxy) -> None:
-        # Not `async with pool.acquire()`: that one's release waits without a limit on a server that hangs.
+        # Not `async with pool.acquire()`: that one's release waits without a limit on a server that hangs. Waited for
+        # however often we are cancelled: else asyncpg's own task is left behind, and its failure told to the loop.
+        release = asyncio.create_task(self._pool.release(connection, timeout=RELEASE_TIMEOUT))
+        cancelled: asyncio.CancelledError | None = None
         with anyio.CancelScope(shield=True):
-            try:
-                await self._pool.release(connection, timeout=RELEASE_TIMEOUT)
-            except Exception as error:
-                log.warning("%s: a connection was dropped: %s", self.label, short(error))
-                await anyio.lowlevel.checkpoint()
+            while not release.done():
+                try:
+                    await asyncio.wait({release})
+                except asyncio.CancelledError as error:
+                    cancelled = error
+        if not release.cancelled() and (failed := release.exception()) is not None:
+            log.warning("%s: a connection was dropped: %s", self.label, short(failed))
+        if cancelled is not None:
+            raise cancelled
 
     async def _prepare(self, steps: list[Migration], permitted: bool) -> None:
         try:

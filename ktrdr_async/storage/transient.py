@@ -1,4 +1,4 @@
-"""Which errors of a database pass by themselves: the connection, not the statement, was at fault."""
+"""Which errors of a database pass by themselves: the connection or the moment, not the statement, was at fault."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ _PASSING = (
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.ReadOnlySQLTransactionError,  # after a failover the old primary's address may be a standby's for a while
     asyncpg.TooManyConnectionsError,
+    asyncpg.QueryCanceledError,  # the server's statement_timeout, or its administrator; most often behind a lock
+    asyncpg.LockNotAvailableError,  # its lock_timeout
     asyncpg.InvalidCachedStatementError,  # a rolling deploy's migration changed a type under a prepared statement
     asyncpg.InternalClientError,  # what asyncpg raises when the server is killed in the middle of an answer
 )
@@ -36,7 +38,7 @@ _LOST = (
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same work may succeed on another connection a little later.
+    """Whether the same work may succeed a little later, on another connection or on this one.
 
     True doesn't say that the work wasn't done: a commit whose answer was lost raises one of these.
     """

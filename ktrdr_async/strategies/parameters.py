@@ -58,7 +58,7 @@ def parse_parameter(kind: type, name: str, text: str) -> Any:
     try:
         value = _parsed(hint, text.strip())
         return value if hint is Any else msgspec.convert(value, hint)
-    except (_UnfitError, msgspec.ValidationError):
+    except (_UnfitError, ValueError, RecursionError):  # an int of too many digits, JSON that is nested too deep
         pass
     bounds = _range_text(hint)
     raise ParameterError(

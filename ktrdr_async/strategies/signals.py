@@ -48,6 +48,7 @@ class Signals(WeightStrategy):
 
     name = "signals"
     version = 1
+    file_parameters = ("file",)  # which of the parameters name files
     roots: tuple[str, ...] | None = None  # directories that the file must lie in; set by `registry.make`
 
     def __init__(
@@ -179,7 +180,9 @@ def _parquet(stream: BinaryIO, source: Source) -> _Table:
             cells = file.metadata.num_rows * file.metadata.num_columns
             if not 0 < cells <= _MAX_CELLS:
                 raise source.error(f"signals are 1 to {_MAX_CELLS:,} cells", value=cells)
-            frame = file.read().to_pandas()
+            table = file.read()
+            table.validate(full=True)
+            frame = table.to_pandas()
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, NotImplementedError) as error:
         raise source.error(f"this Parquet file can't be read: {error}") from None
     names = [str(name) for name in frame.columns]

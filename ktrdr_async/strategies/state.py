@@ -31,13 +31,34 @@ _DTYPE_KINDS = "biufcMSU"
 MAX_STATE_BYTES = 64 * 1024 * 1024
 
 
+class _Array(msgspec.Struct, array_like=True, frozen=True):
+    """What the extension holds."""
+
+    dtype: str
+    shape: list[int]
+    writeable: bool
+    content: bytes
+    axes: list[int] | None = None  # from the slowest to the fastest in `content`; None: as they are, C order
+
+
 def _encode_array(value: Any) -> msgspec.msgpack.Ext:
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in _DTYPE_KINDS or value.dtype.names is not None:
             raise UndeclaredStateError(f"an array of dtype {value.dtype} can't be saved; kinds {_DTYPE_KINDS} can")
-        content = np.ascontiguousarray(value).tobytes()
-        header = (value.dtype.str, list(value.shape), bool(value.flags.writeable), content)
-        return msgspec.msgpack.Ext(_ARRAY, msgspec.msgpack.encode(header))
+        header = (value.dtype.str, list(value.shape), bool(value.flags.writeable))
+        if value.flags.c_contiguous:
+            return msgspec.msgpack.Ext(_ARRAY, msgspec.msgpack.encode((*header, value.tobytes())))
+        # The layout is kept: `mean(axis=0)`, for one, adds in another order in another layout.
+        sides = [-stride if side > 1 else -math.inf for side, stride in zip(value.shape, value.strides, strict=True)]
+        axes = sorted(range(value.ndim), key=sides.__getitem__)  # the stride of a side of 1 means nothing
+        content = value.transpose(axes)
+        if not content.flags.c_contiguous:
+            raise UndeclaredStateError(
+                f"an array of shape {value.shape} and strides {value.strides} is a view with gaps, which wouldn't come"
+                " back as one",
+                hint="store np.ascontiguousarray(...) instead",
+            )
+        return msgspec.msgpack.Ext(_ARRAY, msgspec.msgpack.encode((*header, content.tobytes(), axes)))
     if isinstance(value, np.generic):
         plain = {"f": "float", "i": "int", "u": "int", "b": "bool"}.get(value.dtype.kind, "item")
         raise UndeclaredStateError(
@@ -50,8 +71,9 @@ def _encode_array(value: Any) -> msgspec.msgpack.Ext:
 def _decode_array(code: int, data: memoryview) -> Any:
     if code != _ARRAY:
         raise msgspec.ValidationError(f"unknown extension {code}")
-    dtype_text, shape, writeable, content = msgspec.msgpack.decode(data, type=tuple[str, list[int], bool, bytes])
-    if not re.fullmatch(r"[<>|=][a-zA-Z]\d*(\[\d*[a-z]+\])?", dtype_text):
+    header = msgspec.msgpack.decode(data, type=_Array)
+    dtype_text, shape, content = header.dtype, header.shape, header.content
+    if not re.fullmatch(r"[<>|=][a-zA-Z]\d*(\[\d*[a-zA-Z]+\])?", dtype_text):
         raise msgspec.ValidationError(f"array dtype {dtype_text!r} isn't permitted")
     try:
         dtype = np.dtype(dtype_text)
@@ -64,8 +86,12 @@ def _decode_array(code: int, data: memoryview) -> Any:
         size *= side
     if size != len(content):
         raise msgspec.ValidationError(f"array of shape {shape} needs {size} bytes and has {len(content)}")
-    values = np.frombuffer(content, dtype).reshape(shape)
-    return values.copy() if writeable else values
+    axes = list(range(len(shape))) if header.axes is None else header.axes
+    if sorted(axes) != list(range(len(shape))):
+        raise msgspec.ValidationError(f"array of shape {shape} and axes {axes} isn't permitted")
+    stored = np.frombuffer(content, dtype).reshape([shape[axis] for axis in axes])
+    values = stored.transpose(sorted(axes, key=axes.__getitem__))
+    return values.copy(order="K") if header.writeable else values
 
 
 def _as_array(kind: type, value: Any) -> Any:
@@ -100,7 +126,10 @@ def decode_state(data: bytes | None, kind: type | None) -> Any:
         return None
     if len(data) > MAX_STATE_BYTES:
         raise msgspec.ValidationError(f"the state has {len(data)} bytes, more than {MAX_STATE_BYTES}")
-    return msgspec.msgpack.decode(data, type=kind, ext_hook=_decode_array, dec_hook=_as_array)
+    try:
+        return msgspec.msgpack.decode(data, type=kind, ext_hook=_decode_array, dec_hook=_as_array)
+    except RecursionError:
+        raise msgspec.ValidationError("the state is nested too deep") from None
 
 
 def check_state(state: msgspec.Struct | None) -> bytes | None:
@@ -144,7 +173,7 @@ def _same(a: Any, b: Any) -> bool:
         return all(_same(getattr(a, name), getattr(b, name)) for name in a.__struct_fields__)
     if isinstance(a, np.ndarray):
         alike = (a.dtype, a.shape, a.flags.writeable) == (b.dtype, b.shape, b.flags.writeable)
-        return alike and a.tobytes() == b.tobytes()
+        return alike and a.flags.c_contiguous == b.flags.c_contiguous and a.tobytes() == b.tobytes()
     return bool(a == b)
 
 

@@ -78,6 +78,7 @@ class Actor:
         self.mailbox = Mailbox()
         self.stored = asyncio.Event()  # the row is committed
         self.claimed = asyncio.Event()  # and claimed
+        self.claiming = False  # a claim was sent: what the row says of this process may be its doing
         self._worker = worker
         self._turn = turn
         self._supervisor: Supervisor | None = None
@@ -265,7 +266,7 @@ class Actor:
             if claim is None:
                 await worker.debts.pay_one(named)  # what an earlier run of it here couldn't write
                 left_over = worker.is_left_over(await operations.get(named))
-                take_over = self.plan.take_over or left_over
+                take_over, self.claiming = self.plan.take_over or left_over, True
                 claim = await operations.claim(named, owner=worker.owner, take_over=take_over)
             return await operations.get(named)
 

@@ -8,11 +8,11 @@ import msgspec
 
 from ktrdr_async.backtesting.provenance import Accept, nothing
 from ktrdr_async.backtesting.request import BacktestRequest
-from ktrdr_async.backtesting.results import Outcome
 from ktrdr_async.checkpoint.schemas import BacktestCheckpointState
 from ktrdr_async.checkpoint.service import CheckpointService
 from ktrdr_async.errors import CheckpointMismatchError, InvalidTransitionError, ParameterError
 from ktrdr_async.operations.lifecycle import Parent, Status
+from ktrdr_async.supervision.stored import outcome_of, request_of
 
 if TYPE_CHECKING:
     from ktrdr_async.operations.lifecycle import Operation
@@ -61,7 +61,7 @@ async def inherited_state(database: Database, parent: Operation) -> BacktestChec
         if state is None:
             raise InvalidTransitionError(named, f"{named} has no checkpoint to go on from")
         return state
-    state = msgspec.convert(parent.result, Outcome).final_state
+    state = outcome_of(parent).final_state
     if state is None:
         raise InvalidTransitionError(
             named,
@@ -117,7 +117,7 @@ async def descend(
         if name not in permitted:
             raise ParameterError(f"{kind}: {name} can't be changed", hint=f"these can: {', '.join(permitted)}")
     if "parameters" in changes:
-        changes = changes | {"parameters": parent.request.get("parameters", {}) | changes["parameters"]}
+        changes = changes | {"parameters": request_of(parent).parameters | changes["parameters"]}
     state = await inherited_state(database, parent)
-    request = BacktestRequest.from_dict(parent.request | changes)
+    request = BacktestRequest.from_dict(request_of(parent).to_dict() | changes)
     return request, Descent(kind, Parent(named, state.bar_index, state.state_digest))

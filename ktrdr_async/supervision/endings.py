@@ -46,6 +46,7 @@ class Endings:
         checkpoint_bar: of the last acknowledged checkpoint; None: there is none.
         owed: what is still to be written of the end; None: nothing.
         failed_save: why the end couldn't be written.
+        hurried: a save that was under way has taken its part of a cancellation's time.
     """
 
     def __init__(
@@ -60,10 +61,16 @@ class Endings:
         self.checkpoint_bar: int | None = None
         self.owed: End | None = End(Status.INTERRUPTED)
         self.failed_save: BaseException | None = None
+        self.hurried = False
         self._checkpoints = checkpoints
         self._mailbox = mailbox
         self._statistics = statistics
         self._last_line = last_line
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a save under way may still take when its run is cancelled; as many are left for the end then."""
+        return FINAL_SAVE_SECONDS / 2
 
     async def write(
         self, end: End, kind: CheckpointType | None, state: BacktestCheckpointState | None, error: BaseException
@@ -78,7 +85,7 @@ class Endings:
                 state=state,
                 checkpoint_type=kind,
                 error=end.error,
-                deadline=FINAL_SAVE_SECONDS,
+                deadline=self.patience if self.hurried else FINAL_SAVE_SECONDS,
                 through=self._last_line,
             )
         )

@@ -33,7 +33,8 @@ class Permissions(msgspec.Struct, frozen=True):
 
     trusted: bool  # the calling code or its own command line made the request
     allow: tuple[str, ...] = ()  # module or module:Class
-    data_roots: tuple[str, ...] | None = None  # None: data may be read anywhere
+    data_roots: tuple[str, ...] | None = None  # None: data, and files that a strategy names, may be read anywhere
+    own_data: bool = False  # the calling code named the data, and nothing else: they may be read anywhere
     cwd: bool = False  # look for modules in the current directory as well
 
 
@@ -137,7 +138,7 @@ async def read_bars(request: BacktestRequest, permissions: Permissions) -> Bars:
             features=request.features,
             start=request.start,
             end=request.end,
-            roots=permissions.data_roots,
+            roots=None if permissions.own_data else permissions.data_roots,
         )
     )
 
@@ -177,4 +178,5 @@ def _strategy(request: BacktestRequest, strategy: AnyStrategy | None, permission
         allow=permissions.allow,
         trusted=permissions.trusted,
         cwd=permissions.cwd,
+        roots=permissions.data_roots,
     )

@@ -16,29 +16,42 @@ _ATTEMPTS = 5  # tasks that are made when each one before was cancelled itself
 
 
 class Finished(Generic[T]):
-    """What came of it: `result` or `error`, and the cancellation of the caller that arrived meanwhile."""
+    """What came of it: `result` or `error`, and the cancellation of the caller that arrived meanwhile.
 
-    __slots__ = ("cancelled", "error", "result")
+    `given_up`: it wasn't done in the time that was left to it then.
+    """
 
-    def __init__(self, result: T | None, error: BaseException | None, cancelled: asyncio.CancelledError | None) -> None:
-        self.result, self.error, self.cancelled = result, error, cancelled
+    __slots__ = ("cancelled", "error", "given_up", "result")
+
+    def __init__(
+        self,
+        result: T | None,
+        error: BaseException | None,
+        cancelled: asyncio.CancelledError | None,
+        given_up: bool = False,
+    ) -> None:
+        self.result, self.error, self.cancelled, self.given_up = result, error, cancelled, given_up
 
 
-async def finish(make: Callable[[], Coroutine[Any, Any, T]]) -> Finished[T]:
+async def finish(make: Callable[[], Coroutine[Any, Any, T]], *, patience: float | None = None) -> Finished[T]:
     """Runs a coroutine in a task of its own until it is done, however often the caller is cancelled.
 
     A native cancel pierces an anyio shield and ends a bare `asyncio.shield`, so the wait is repeated inside an anyio
     shield. The teardown of a loop cancels every task, this one too: then the work is made again in a new one. The work
-    has a deadline of its own; nothing here ends it.
+    has a deadline of its own; where `patience` is given, it is ended that many seconds after its caller was cancelled.
 
     The caller must raise `cancelled` where it isn't None.
     """
     pending: asyncio.CancelledError | None = None
     for _ in range(_ATTEMPTS):
         task = asyncio.get_running_loop().create_task(make())
-        pending = await until_done(task) or pending
+        cancelled, given_up = await _wait(task, patience, hurry=pending is not None)
+        pending = cancelled or pending
         if not task.cancelled():
             break
+        if given_up:
+            late = TimeoutError(f"not done within {patience:.1f} s after a cancellation")
+            return Finished(None, late, pending, given_up=True)
     else:
         return Finished(None, asyncio.CancelledError(), pending)
     failure = task.exception()
@@ -59,16 +72,33 @@ async def finish_or_raise(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 async def until_done(future: asyncio.Future[T]) -> asyncio.CancelledError | None:
     """Waits for a future, however often the caller is cancelled; gives the last of these cancellations."""
+    return (await _wait(future, None))[0]
+
+
+async def _wait(
+    future: asyncio.Future[T], patience: float | None, *, hurry: bool = False
+) -> tuple[asyncio.CancelledError | None, bool]:
+    """As `until_done`; the future is cancelled `patience` seconds after the first cancellation, with `hurry` after now.
+
+    Also gives whether it was.
+    """
+    clock = asyncio.get_running_loop().time
     pending: asyncio.CancelledError | None = None
+    ends = clock() + patience if hurry and patience is not None else None
+    given_up = False
     with anyio.CancelScope(shield=True):
         while not future.done():
+            if ends is not None and clock() >= ends:
+                given_up, ends = future.cancel(), None
             try:
                 # Not `await shield(future)`: that raises alike where the future was cancelled and where its waiter was,
                 # and a teardown cancels both in the same iteration.
-                await asyncio.wait({future})
+                await asyncio.wait({future}, timeout=None if ends is None else ends - clock())
             except asyncio.CancelledError as error:
+                if pending is None and patience is not None and not hurry:
+                    ends = clock() + patience
                 pending = error
-    return pending
+    return pending, given_up
 
 
 async def in_thread(work: Callable[[], T]) -> T:

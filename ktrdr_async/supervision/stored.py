@@ -19,6 +19,7 @@ from ktrdr_async.errors import (
     OperationFailedError,
 )
 from ktrdr_async.operations.lifecycle import Status
+from ktrdr_async.operations.rows import read
 from ktrdr_async.supervision.endings import resume_hint
 from ktrdr_async.supervision.jobs import narrowed, read_bars
 from ktrdr_async.supervision.mailbox import Progress
@@ -31,11 +32,44 @@ if TYPE_CHECKING:
     from ktrdr_async.supervision.jobs import Permissions
 
 
+class Failed(msgspec.Struct, frozen=True):
+    """What is stored of an error that ended a run."""
+
+    type: str = ""
+    message: str = ""
+    bar: int | None = None
+    notes: list[str] = []
+
+
+def outcome_of(row: Operation) -> Outcome:
+    """A completed operation's outcome. :raises CheckpointCorruptedError: if what is stored is none."""
+    return read(row.operation_id, "result", lambda: msgspec.convert(row.result, Outcome))
+
+
+def request_of(row: Operation) -> BacktestRequest:
+    """An operation's request. :raises CheckpointCorruptedError: if what is stored is none."""
+    return read(row.operation_id, "request", lambda: BacktestRequest.from_dict(row.request))
+
+
+def check(row: Operation) -> None:
+    """Looks whether what is shown of a row can be read. :raises CheckpointCorruptedError: if it can't."""
+    request_of(row)
+    if row.result is not None:
+        outcome_of(row)
+    if row.progress:
+        _told(row)
+    read(row.operation_id, "error", lambda: msgspec.convert(row.error, Failed | None))
+
+
+def _told(row: Operation) -> Progress:
+    return read(row.operation_id, "progress", lambda: msgspec.convert(row.progress, Progress))
+
+
 def progress_of(row: Operation) -> Progress:
     """What a stored operation tells of its progress."""
     named, status = row.operation_id, row.status.value
     if row.status is Status.COMPLETED and row.result is not None:
-        outcome = msgspec.convert(row.result, Outcome)
+        outcome = outcome_of(row)
         return Progress(
             operation_id=named,
             status=status,
@@ -45,7 +79,7 @@ def progress_of(row: Operation) -> Progress:
             equity=outcome.metrics.final_equity,
             trades=outcome.metrics.trades,
         )
-    stored = msgspec.convert(row.progress, Progress) if row.progress else Progress(operation_id=named, status="")
+    stored = _told(row) if row.progress else Progress(operation_id=named, status="")
     running = row.status is Status.RUNNING
     return msgspec.structs.replace(
         stored,
@@ -75,8 +109,7 @@ async def rebuild(database: Database, row: Operation, bars: Bars | None, permiss
         raise InvalidTransitionError(
             row.operation_id, f"{row.operation_id} is {row.status.value}: it has no result yet"
         )
-    outcome = msgspec.convert(row.result, Outcome)
-    request = BacktestRequest.from_dict(row.request)
+    outcome, request = outcome_of(row), request_of(row)
     loaded = await CheckpointService(database, None).load_ledger(row.operation_id)
     if bars is not None:
         given = bars

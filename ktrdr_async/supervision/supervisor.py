@@ -29,11 +29,13 @@ from ktrdr_async.checkpoint.schemas import BacktestCheckpointState, CheckpointTy
 from ktrdr_async.errors import (
     CancellationError,
     CheckpointCorruptedError,
+    CheckpointError,
     CheckpointMismatchError,
     DatabaseError,
     InvalidTransitionError,
     KtrdrError,
     SaveTimeoutError,
+    SchemaVersionError,
     StrategyError,
 )
 from ktrdr_async.operations.lifecycle import Status
@@ -104,7 +106,8 @@ class Supervisor:
         self._prior = prior
         self._throttle = throttle
         self._keep_state = keep_state
-        self._accepted: list[str] = []  # differences under which somebody let it go on
+        self._accepted: list[str] = []  # differences under which somebody let it go on before
+        self._inherited = False  # what differs from another operation's state was asked for
         self._clock = clock
         self._began = clock()
         self._first_bar = 0
@@ -128,6 +131,7 @@ class Supervisor:
         if state is not None:
             self._first_bar = state.bar_index + 1
             self._accepted = list(state.accepted_mismatches)
+            self._inherited = start.inherited
             self.ends.checkpoint_bar = None if start.inherited else state.bar_index
             before = self.statistics.resumed_from or state.resumed_from  # a restart here may have saved nothing new
             self.statistics.resumed_from = [*before, state.bar_index]
@@ -139,8 +143,6 @@ class Supervisor:
             await self._turn.offload(lambda: prepare_manifests(self._engine))
             async with aclosing(self._engine.run(state, accept=start.accept)) as blocks:
                 async for block in blocks:
-                    if self._block is None and not start.inherited:
-                        self._accepted += self._engine.accepted
                     self._block = block
                     if self._told_to_end():  # and the strategy has swallowed it
                         raise asyncio.CancelledError
@@ -163,7 +165,7 @@ class Supervisor:
         except (SystemExit, KeyboardInterrupt) as error:  # would end the service's loop, and every other operation
             await self._end_failed(failed := StrategyError(f"the strategy's code ended its process: {error!r}"))
             raise failed from error
-        except (CheckpointMismatchError, CheckpointCorruptedError) as error:
+        except (CheckpointMismatchError, CheckpointCorruptedError, SchemaVersionError) as error:
             await self._hand_back(error)
             raise
         except self._transient as error:
@@ -207,9 +209,12 @@ class Supervisor:
             paused=self._mailbox.paused,
         )
 
+    def _all_accepted(self) -> list[str]:
+        return [*self._accepted, *([] if self._inherited else self._engine.accepted)]
+
     def _results(self) -> BacktestResults:
         results = self._engine.results()
-        results.run, results.accepted_mismatches = self.statistics, tuple(self._accepted)
+        results.run, results.accepted_mismatches = self.statistics, tuple(self._all_accepted())
         _ = results.digest, results.metrics, results.warnings  # computed here, off the loop, and kept
         return results
 
@@ -236,7 +241,7 @@ class Supervisor:
         state = build_backtest_checkpoint_state(
             self._engine, boundary.bar_index, int(bars.timestamps[boundary.bar_index]), since=self._since()
         )
-        state.resumed_from, state.accepted_mismatches = list(self.statistics.resumed_from), list(self._accepted)
+        state.resumed_from, state.accepted_mismatches = list(self.statistics.resumed_from), self._all_accepted()
         return state
 
     def _since(self) -> Since:
@@ -249,7 +254,10 @@ class Supervisor:
         state = self._state()
         self._turn.leave()
         started = self._clock()
-        done = await finish(lambda: self._checkpoints.save_checkpoint(self.operation_id, kind, state))
+        done = await finish(
+            lambda: self._checkpoints.save_checkpoint(self.operation_id, kind, state), patience=self.ends.patience
+        )
+        self.ends.hurried = done.given_up
         seconds = self._clock() - started
         self.statistics.save_seconds += seconds
         if done.error is None:
@@ -317,11 +325,13 @@ class Supervisor:
                 result=msgspec.to_builtins(outcome),
                 result_digest=outcome.digest,
                 deadline=COMPLETION_SECONDS,
-            )
+            ),
+            patience=self.ends.patience,
         )
+        self.ends.hurried = done.given_up
         error, cancelled = done.error, done.cancelled
         if error is not None:
-            late = await self._end_incomplete(error)
+            late = await self._end_incomplete(error, done.given_up)
             other = None if isinstance(error, SETTLED) else self.ends.failed_save
             if isinstance(other, InvalidTransitionError) or (other and self._checkpoints.acknowledged != before):
                 # The completion, whose answer was lost, has landed after all: no other end could be written.
@@ -339,14 +349,15 @@ class Supervisor:
             raise error
         return results  # also where the mailbox asked for an end too late
 
-    async def _end_incomplete(self, error: BaseException) -> asyncio.CancelledError | None:
-        """What is written where the completion couldn't be."""
-        if isinstance(error, CancellationError):
+    async def _end_incomplete(self, error: BaseException, given_up: bool) -> asyncio.CancelledError | None:
+        """What is written where the completion couldn't be, or was given up as somebody cancelled."""
+        leaving = self._mailbox.ending is Ending.SHUTDOWN
+        if isinstance(error, CancellationError) or (given_up and not leaving):
             return await self._write_end(End(Status.CANCELLED), CheckpointType.CANCELLATION, error)
         if isinstance(error, SETTLED):
             self.ends.owed = None
             return None
-        if isinstance(error, SaveTimeoutError | DatabaseError) or not isinstance(error, Exception):
+        if given_up or isinstance(error, SaveTimeoutError | DatabaseError) or not isinstance(error, Exception):
             return await self._write_end(End(Status.INTERRUPTED), CheckpointType.SHUTDOWN, error)
         return await self._write_end(End(Status.FAILED, self._failure(error)), CheckpointType.FAILURE, error)
 
@@ -356,6 +367,7 @@ class Supervisor:
         self._finish_statistics()
         if why is Ending.LOST:
             self.ends.owed = None
+            error.add_note(f"{self.operation_id} wasn't saved: OwnershipLostError: a newer owner holds it")
         elif why is Ending.SHUTDOWN:
             await self._write_end(End(Status.INTERRUPTED), CheckpointType.SHUTDOWN, error)
         else:
@@ -398,9 +410,10 @@ class Supervisor:
                 raised.add_note(f"meanwhile the operation failed: {type(error).__name__}: {error}")
                 raise raised
 
-    async def _hand_back(self, error: CheckpointMismatchError | CheckpointCorruptedError) -> None:
+    async def _hand_back(self, error: CheckpointError | SchemaVersionError) -> None:
         """The checkpoint isn't for this code or these data: the operation goes back as it was."""
-        error.operation_id = self.operation_id
+        if isinstance(error, CheckpointError):
+            error.operation_id = self.operation_id
         cancelled = await self.ends.write(self._prior, None, None, error)
         if cancelled is not None:
             raised = self.ends.translated(cancelled)

@@ -338,14 +338,14 @@ class BacktestWorker:
         self, kind: str, parent_id: str, operation_id: str | None, changes: dict[str, Any], options: RunOptions
     ) -> OperationHandle:
         parent = await self.operations.get(parent_id)
-        roots = None if "data" in changes else self._roots
+        own_data = "data" in changes
         if options.get("bars") is not None:
             changes["data"] = None
         request, descent = await descend(self.database, parent, kind, changes)
         name = secrets.token_hex(8) if operation_id is None else validated_id(operation_id)
         if name in self._actors:
             raise OperationConflictError(name, f"{name} runs here already", hint="choose another id, or resume it")
-        permissions = Permissions(trusted=False, allow=self._allow, data_roots=roots)
+        permissions = Permissions(trusted=False, allow=self._allow, data_roots=self._roots, own_data=own_data)
         plan = Plan(request=request, permissions=permissions, descent=descent, **options)
         return OperationHandle(self, self._spawn(name, plan))
 
@@ -498,6 +498,7 @@ class BacktestWorker:
         mine = row.status is Status.RUNNING and row.owner == self.owner
         named = row.operation_id
         here = (
-            named in worker._running or (worker is not self and named in worker._actors) for worker in _open_workers
+            named in worker._running or (worker is not self and (actor := worker._actors.get(named)) and actor.claiming)
+            for worker in _open_workers
         )
         return mine and not any(here)

@@ -6,13 +6,16 @@ import functools
 import math
 import struct
 import warnings
+from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import oracle
 import pytest
+from campaigns import Figures
 from engine_runs import bars_of, cancel_at, checkpoint, finish, request_of
-from markets import random_market, random_quantities, random_script, random_terms, random_weights, script_of
+from markets import first_bars, random_market, random_quantities, random_script, random_terms, random_weights, script_of
 from oracle import Decisions, Market, Outcome, Terms
 from scripted import Rows, Script, Scripted, ScriptedAsync, ScriptedQuantities, ScriptedWeights
 
@@ -148,24 +151,73 @@ async def test_resumed_runs_agree_with_the_oracle_too() -> None:
                 raise AssertionError(f"seed {seed}, {type(first).__name__}, yield {at}: {error}") from error
 
 
-async def test_the_cases_reach_every_rule() -> None:
-    seen = dict.fromkeys(("cut", "zero", "ruin", "refused", "unfilled", "open", "gap", "tag", "short", "flip"), 0)
+def rules_met(case: Case) -> set[str]:
+    """Which of the market's rules made a difference in a case."""
+    market, terms, got = case.market, case.terms, case.expected
+    orders = [f for f in got.fills if f.reason == "order"]
+    firsts, missing = first_bars(market), np.isnan(market.close)
+    there = np.argwhere(~missing)
+    lasts = {int(j): int(t) for t, j in there}
+    opens = {(int(t), int(j)) for t, j in there if t and market.open[t, j] != market.close[t - 1, j]}
+    flips = {(f.bar, f.symbol) for f in orders if f.part == "open"} & {
+        (f.bar, f.symbol) for f in orders if f.part == "close"
+    }
+    waits = any(missing[f.bar - 1, f.symbol] and f.bar > firsts[f.symbol] and f.requested == f.lots for f in orders)
+    held = np.zeros(len(market.close[0]), dtype=np.int64)
+    for f in got.fills:
+        held[f.symbol] += f.lots if f.reason != "forced_close" else 0
+    forced = any(f.reason == "forced_close" for f in got.fills)
+    met = {
+        "commission": any(f.fee > 0 for f in orders),
+        "slippage": bool(orders) and terms.slippage > 0,
+        "no costs": bool(orders) and terms.slippage == terms.commission == 0,
+        "lots above 1": bool(orders) and terms.lot_size > 1,
+        "lots below 1": bool(orders) and terms.lot_size < 1,
+        "min_trade skipped": got.skipped > 0,
+        "warm-up": bool(orders) and terms.warmup > 1,
+        "shorts": any(t.side < 0 for t in [*got.trades, *got.open_trades]),
+        "flips": bool(flips),
+        "added to or reduced": len(orders) > 2 * len(got.trades) + len(got.open_trades),
+        "opening gaps": any((f.bar, f.symbol) in opens for f in orders),
+        "missing bars": any(missing[firsts[j] : last, j].any() for j, last in lasts.items()),
+        "fills after a gap": waits,
+        "late listing": any(f.symbol == j for f in orders for j, first in enumerate(firsts) if first),
+        "held past the last bar": any(held[j] and last < len(missing) - 1 for j, last in lasts.items()),
+        "ruin": got.ruined_at is not None,
+        "closed by ruin": any(f.reason == "ruin" for f in got.fills),
+        "refused after ruin": case.refused(got.ruined_at) > 0,
+        "closed by force_close": forced,
+        "left open without force_close": bool(got.open_trades),
+        "several symbols": len({f.symbol for f in orders}) > 1,
+        "closings and openings of several at one open": any(
+            a.bar == b.bar and a.symbol != b.symbol and a.part != b.part for a, b in pairwise(orders)
+        ),
+        "cut to buying power": got.cuts > 0,
+        "cut to zero": got.cuts_to_zero > 0,
+        "zero lots": got.zero_lots > 0,
+        "unfilled": bool(got.unfilled),
+        "tags": any(f.tag for f in got.fills),
+        "one bar only": len(market.close) == 1,
+    }
+    return {rule for rule, is_met in met.items() if is_met}
+
+
+async def test_the_cases_reach_every_rule(figures: Figures) -> None:
+    """A generator that no longer makes cuts, ruin or flips would leave the tests above empty."""
+    seen: Counter[str] = Counter()
+    kinds: Counter[tuple[str, str]] = Counter()
     for seed in range(SEEDS):
         case = case_of(seed)
-        got = case.expected
-        seen["cut"] += got.cuts > 0
-        seen["zero"] += got.cuts_to_zero > 0
-        seen["ruin"] += got.ruined_at is not None
-        seen["refused"] += case.refused(got.ruined_at) > 0
-        seen["unfilled"] += bool(got.unfilled)
-        seen["open"] += bool(got.open_trades)
-        seen["gap"] += bool(np.isnan(case.market.close).any())
-        seen["tag"] += any(f.tag for f in got.fills)
-        seen["short"] += any(t.side < 0 for t in got.trades)
-        seen["flip"] += any(
-            a.bar == b.bar and a.symbol == b.symbol and a.part != b.part for a in got.fills for b in got.fills
-        )
-    assert min(seen.values()) >= 20, seen
+        met = rules_met(case)
+        seen.update(met)
+        kinds.update((case.kind, rule) for rule in met)
+    assert len(seen) == 28
+    assert min(seen.values()) >= 10, seen
+    figures.add(
+        f"of {SEEDS} random markets equal to the oracle", ", ".join(f"{n} {w}" for w, n in sorted(seen.items()))
+    )
+    everywhere = set(seen) - {"tags", "one bar only"}
+    assert not [(kind, rule) for kind in KINDS for rule in everywhere if not kinds[kind, rule]]
 
 
 async def test_metrics_agree_with_the_oracle() -> None:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import aclosing
-from types import FunctionType, MethodType
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 from engine_runs import cancel_at, checkpoint, finish, hourly
 from living import Busy, BusyAsync, Crossing
+from walking import DERIVED, differences, walk
 
 import ktrdr_async as kt
+from ktrdr_async.backtesting import checkpoint_builder
 from ktrdr_async.backtesting import execution as ex
-from ktrdr_async.backtesting.ledger import Ledger
+from ktrdr_async.backtesting.checkpoint_builder import Since
+from ktrdr_async.backtesting.ledger import trades_of
 from ktrdr_async.errors import KtrdrError
 from ktrdr_async.strategies.base import AnyStrategy
 
@@ -26,80 +26,6 @@ pytestmark = pytest.mark.anyio
 BARS = hourly(900)
 REQUEST = kt.BacktestRequest(initial_capital=30_000.0, seed=5)
 KINDS = (Busy, BusyAsync, Crossing)
-
-# What is reachable and not compared as it stands, and why that is no state.
-DERIVED = {
-    "engine.resumed_from": "says that it was resumed",
-    "engine.accepted": "what was accepted of the checkpoint's differences; nothing here",
-    "engine.strategy._running": "that it is in a run, which `run()` sets",
-    "engine.strategy._bar": "the engine's own bar, which is walked there",
-    "engine._window": "which rows are cached as floats; follows from the bar that is computed next",
-    "engine._portfolio.looks": "how often the account was looked at; by it a tier is chosen",
-    "engine._portfolio._window": "which rows the account has cached as floats",
-    "engine._portfolio._opens": "cached rows of the bars",
-    "engine._portfolio._closes": "cached rows of the bars",
-    "engine._portfolio._piece_equity": "room for the equity of one piece",
-    "engine._portfolio._decisions": "cached rows of known targets; what was said at bars is compared as `queued`",
-    "engine._bar._start": "where the cached rows begin; index = _start + _i is compared",
-    "engine._bar._stop": "where the cached rows end",
-    "engine._bar._i": "index = _start + _i is compared",
-    "engine._bar._open": "cached rows of the bars",
-    "engine._bar._high": "cached rows of the bars",
-    "engine._bar._low": "cached rows of the bars",
-    "engine._bar._close": "cached rows of the bars",
-    "engine._bar._volume": "cached rows of the bars",
-    "engine._bar._feature_rows": "cached rows of the features",
-    "engine._bar._rng": "keyed by (seed, bar), made when a bar asks",
-    "engine._portfolio._fills": "room for the fills of one piece, taken out before a boundary",
-    "engine._portfolio.tags": "numbers of tags in the order of their first use; compared as the tags they stand for",
-    "engine._portfolio._tag_numbers": "the same table the other way round",
-    "engine._portfolio.book.waiting_tag": "numbers of tags; compared as the tags they stand for",
-    "engine._boundary.book.waiting_tag": "numbers of tags; compared as the tags they stand for",
-}  # fmt: skip
-INPUTS = (kt.Bars, kt.BacktestRequest, type, FunctionType, MethodType)  # immutable, or code
-
-
-def walk(root: Any) -> dict[str, Any]:
-    """Every value that can be reached from an object, by its path; floats as bits, arrays as bytes."""
-    found: dict[str, Any] = {}
-    paths: dict[int, str] = {}
-    keep: list[Any] = []  # so that no id is used twice
-
-    def visit(path: str, value: Any) -> None:
-        if path in DERIVED or isinstance(value, INPUTS):
-            return
-        if isinstance(value, bool | int | str | bytes | None):
-            found[path] = value
-        elif isinstance(value, float):
-            found[path] = struct.pack("<d", value)
-        elif isinstance(value, np.ndarray):
-            found[path] = (value.dtype.str, value.shape, value.tobytes())
-        elif hasattr(value, "hexdigest"):
-            found[path] = value.hexdigest()
-        elif id(value) in paths:
-            found[path] = f"-> {paths[id(value)]}"
-        else:
-            paths[id(value)] = path
-            keep.append(value)
-            for name, child in children(value):
-                visit(f"{path}{name}", child)
-
-    visit("engine", root)
-    return found
-
-
-def children(value: Any) -> list[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        return [("#", len(value)), *((f"[{key!r}]", child) for key, child in value.items())]
-    if isinstance(value, msgspec.Struct):
-        return [(f".{name}", getattr(value, name)) for name in value.__struct_fields__]
-    if hasattr(value, "_asdict"):
-        return [(f".{name}", child) for name, child in value._asdict().items()]
-    if isinstance(value, list | tuple | Ledger):
-        return [("#", len(value)), *((f"[{i}]", child) for i, child in enumerate(value))]
-    names = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
-    names += list(getattr(value, "__dict__", {}))
-    return [(f".{name}", getattr(value, name)) for name in names if hasattr(value, name)]
 
 
 def seen(engine: kt.BacktestingEngine) -> dict[str, Any]:
@@ -117,10 +43,6 @@ def seen(engine: kt.BacktestingEngine) -> dict[str, Any]:
     return walk(engine) | extra
 
 
-def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    return sorted(path for path in one.keys() | other.keys() if one.get(path, ...) != other.get(path, ...))
-
-
 async def stop_at(engine: kt.BacktestingEngine, bar: int, state: kt.BacktestCheckpointState | None = None) -> Any:
     """What is seen of an engine at the boundary of a bar, while its generator stands there."""
     async with aclosing(engine.run(state)) as blocks:
@@ -134,27 +56,37 @@ def engine_of(strategy: AnyStrategy) -> kt.BacktestingEngine:
     return kt.BacktestingEngine(REQUEST, BARS, strategy, block_bars=11)
 
 
+async def restored_from(kind: type[AnyStrategy], state: kt.BacktestCheckpointState) -> kt.BacktestingEngine:
+    """An engine right after the restore, before a bar is computed."""
+    restored = engine_of(kind())
+    restored._started = True
+    await restored._prepare()
+    assert await restored._restore(state) == state.bar_index + 1
+    return restored
+
+
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_restored_engine_is_the_live_one(kind: type[AnyStrategy]) -> None:
+async def test_at_each_yield_a_restored_engine_is_the_live_one(kind: type[AnyStrategy]) -> None:
+    live, yields = engine_of(kind()), 0
+    async with aclosing(live.run()) as blocks:
+        async for block in blocks:
+            restored = await restored_from(kind, checkpoint(live))
+            unmoved = [path for path in differences(seen(live), seen(restored)) if path != "index"]
+            assert unmoved == [], f"bar {block.bar_index}"
+            yields += 1
+    assert yields == -(-len(BARS) // 11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_resumed_engine_stays_the_live_one(kind: type[AnyStrategy]) -> None:
+    """At every later boundary, up to the closing step."""
     for bar in (54, 252, 483, 714):
         live = engine_of(kind())
-        expected = await stop_at(live, bar)
+        await stop_at(live, bar)
         state = checkpoint(live)
-
-        # Right after the restore, before a bar is computed.
-        restored = engine_of(kind())
-        restored._started = True
-        await restored._prepare()
-        assert await restored._restore(state) == bar + 1
-        unmoved = [path for path in differences(expected, seen(restored)) if path != "index"]
-        assert unmoved == []
-
-        # And every later boundary, up to the closing step.
         for later in range(bar + 66, 890, 132):
-            assert (
-                differences(await stop_at(engine_of(kind()), later), await stop_at(engine_of(kind()), later, state))
-                == []
-            )
+            expected = await stop_at(engine_of(kind()), later)
+            assert differences(expected, await stop_at(engine_of(kind()), later, state)) == []
         done, again = engine_of(kind()), engine_of(kind())
         await finish(done, audited=False)
         await finish(again, state, audited=False)
@@ -253,15 +185,21 @@ CHANGED: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-async def _cut(kind: type[AnyStrategy] = Busy) -> tuple[kt.BacktestCheckpointState, str]:
-    """A checkpoint with something in every field, and where it leads."""
+async def _busy() -> tuple[kt.BacktestingEngine, kt.BacktestCheckpointState]:
+    """An engine at a boundary with something in every field, and its checkpoint."""
     for bar in (252, 483, 714):
-        engine = engine_of(kind())
+        engine = engine_of(Busy())
         await stop_at(engine, bar)
         state = checkpoint(engine)
         if state.waiting and state.positions and state.recorded:
-            return state, (await finish(engine_of(kind()), state)).digest
+            return engine, state
     raise AssertionError("no boundary with a waiting order and a position")
+
+
+async def _cut() -> tuple[kt.BacktestCheckpointState, str]:
+    """A checkpoint with something in every field, and where it leads."""
+    _, state = await _busy()
+    return state, (await finish(engine_of(Busy()), state)).digest
 
 
 async def _lead(tree: dict[str, Any]) -> str:
@@ -275,6 +213,10 @@ async def _lead(tree: dict[str, Any]) -> str:
 
 async def test_every_field_is_known_here() -> None:
     assert set(CHANGED) == set(kt.BacktestCheckpointState.__struct_fields__)
+    supervisors = {"resumed_from", "accepted_mismatches"}  # tests/supervision looks at them
+    constant, demanded = {"operation_type"}, {"current_date"}
+    shown = NOT_READ_BACK | {"schema_version", "ledger_from", "recorded_from"}
+    assert set(LOOKS) == shown - supervisors - constant - demanded
 
 
 @pytest.mark.parametrize("field", CHANGED)
@@ -292,6 +234,38 @@ async def test_a_removed_or_changed_field_is_noticed(field: str) -> None:
     assert (await _lead(changed)).startswith("refused"), field
     if field not in ("schema_version", "ledger_from", "recorded_from"):  # their defaults are the values here
         assert (await _lead(removed)).startswith("refused"), field
+
+
+# What nothing reads back, looked at in a whole state and in one from event 3, sample 2 and recorded value 1 on.
+Look = Callable[[kt.BacktestingEngine, kt.BacktestCheckpointState, kt.BacktestCheckpointState], bool]
+LOOKS: dict[str, Look] = {
+    "positions": lambda engine, whole, part: (
+        [(p.symbol, p.lots) for p in whole.positions]
+        == [(engine.bars.symbols[j], lots) for j, lots in enumerate(engine.boundary.book.lots) if lots]
+    ),
+    "trades": lambda engine, whole, part: (
+        [msgspec.structs.replace(t, mae=None, mfe=None) for t in whole.trades] == trades_of(whole.ledger, 1.0)
+    ),
+    "equity_samples": lambda engine, whole, part: (
+        [(s.bar, s.timestamp, s.equity) for s in whole.equity_samples]
+        == [(i, engine.bars.timestamps[i], engine.equity[i]) for i in range(0, whole.bar_index + 1, 100)]
+    ),
+    "original_request": lambda engine, whole, part: whole.original_request == engine.request.to_dict(),
+    "schema_version": lambda engine, whole, part: whole.schema_version == 7,
+    "ledger_from": lambda engine, whole, part: part.ledger == whole.ledger[part.ledger_from :] != whole.ledger,
+    "samples_from": lambda engine, whole, part: part.equity_samples == whole.equity_samples[part.samples_from :],
+    "recorded_from": lambda engine, whole, part: part.recorded == whole.recorded[part.recorded_from :],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", LOOKS)
+async def test_a_removed_field_that_a_resume_doesnt_read_is_missed(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_builder, "SCHEMA_VERSION", 7)
+    engine, whole = await _busy()
+    states = [whole, checkpoint(engine, since=Since(3, 2, 1))]
+    removed = [{name: value for name, value in state.to_dict().items() if name != field} for state in states]
+    assert LOOKS[field](engine, *states)
+    assert not LOOKS[field](engine, *map(kt.BacktestCheckpointState.from_dict, removed))
 
 
 async def test_every_value_inside_the_fields_that_are_read_back_is_noticed() -> None:

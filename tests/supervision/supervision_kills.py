@@ -110,13 +110,18 @@ class Runner:
 
 
 @contextmanager
-def running(dsn: str, bars: int, throttle: float, mark: Path, home: Path | None = None) -> Iterator[Runner]:
-    """A child that runs the operation, or goes on with it; killed at the end if it still runs."""
+def running(
+    dsn: str, bars: int, throttle: float, mark: Path, home: Path | None = None, *, before: str = ""
+) -> Iterator[Runner]:
+    """A child that runs the operation, or goes on with it; killed at the end if it still runs.
+
+    `before`: a program that it runs first.
+    """
     mark.write_bytes(struct.pack("<qq", -1, 0))
     environment = {**os.environ, "PYTHONPATH": f"{CHECKOUT}:{HERE}", MARK_VARIABLE: str(mark)}
     if home is not None:
         environment["KTRDR_ASYNC_HOME"] = str(home)
-    program = "import supervision_kills; supervision_kills.main()"
+    program = f"{before}\nimport supervision_kills\nsupervision_kills.main()"
     with (
         mark.open("r+b") as file,
         mmap.mmap(file.fileno(), 16) as mapped,

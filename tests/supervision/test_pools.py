@@ -90,7 +90,7 @@ def pooler(dsn: str, place: Path) -> Iterator[str]:
     configuration.write_text(
         f"[databases]\n{parts.path[1:]} = host={host} port={port} user=ktrdr_async\n[pgbouncer]\n"
         f"listen_addr = 127.0.0.1\nlisten_port = {listen}\nunix_socket_dir =\npool_mode = transaction\n"
-        "auth_type = any\ndefault_pool_size = 3\nserver_reset_query =\n"
+        "auth_type = any\nadmin_users = ktrdr_async\ndefault_pool_size = 3\nserver_reset_query =\n"
     )
     account = Path(host).owner()  # only it may pass the socket's directory
     command = [binary, str(configuration)]

@@ -58,18 +58,16 @@ def resume(
     policy = pace.policy()
 
     async def work() -> Ended:
-        import msgspec
-
-        from ktrdr_async.backtesting.results import Outcome
         from ktrdr_async.cli.running import Ended, Runner
         from ktrdr_async.operations.lifecycle import Status
+        from ktrdr_async.supervision.stored import outcome_of
         from ktrdr_async.supervision.worker import BacktestWorker
 
         async with BacktestWorker.open(where.dsn, allow=trust.allow, data_roots=trust.data_root) as worker:
             row = await (worker.operations.latest() if operation is None else worker.operations.find(operation))
             name = row.operation_id
             if row.status is Status.COMPLETED and row.result is not None and pace.output is None:
-                outcome = msgspec.convert(row.result, Outcome)  # no data are needed to show it
+                outcome = outcome_of(row)  # no data are needed to show it
                 return Ended(
                     operation_id=name,
                     status=row.status.value,

@@ -16,6 +16,7 @@ from ktrdr_async.cli.options import (
     OutputOptions,
     PaceOptions,
     RequestOptions,
+    files_of,
     roots_of,
 )
 from ktrdr_async.errors import InputError
@@ -65,7 +66,7 @@ def run(
 
         permitted = list(dict.fromkeys([*allow, *([what.strategy] if ":" in what.strategy else [])]))
         async with BacktestWorker.open(where.dsn, allow=allow) as worker:
-            roots = () if worker.database.embedded else roots_of(request.data)
+            roots = () if worker.database.embedded else roots_of(request.data, files_of(request.to_dict()))
             runner = Runner(context, pace, dsn=where.dsn, allow=permitted, roots=roots)
             operation_id = id or secrets.token_hex(8)
             return await runner.carry_out(

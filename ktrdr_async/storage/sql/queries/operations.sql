@@ -54,7 +54,8 @@ SELECT b.operation_id,
         WHEN o.epoch = b.epoch AND o.owner_token = b.owner_token AND o.status = 'running' THEN 'busy'
         WHEN o.epoch = b.epoch AND o.owner_token = b.owner_token THEN 'ended'
         ELSE 'lost' END AS kind,
-    COALESCE(w.cancel_epoch = w.epoch, o.cancel_epoch = o.epoch AND o.epoch = b.epoch, false) AS cancel,
+    COALESCE(w.cancel_epoch = w.epoch, o.cancel_epoch = o.epoch AND o.epoch = b.epoch AND o.owner_token = b.owner_token,
+        false) AS cancel,
     COALESCE(w.paused, o.paused, false) AS paused
 FROM beat b
 LEFT JOIN written w ON w.operation_id = b.operation_id

@@ -151,7 +151,7 @@ def _in_range(state: BacktestCheckpointState) -> bool:
         *counters.zero_lots, *(order.lots for order in state.waiting), *(event.requested for event in state.ledger),
         *(record.bar for record in state.recorded), sum(abs(event.lots) for event in state.ledger),
     ]  # fmt: skip
-    return -(2**63) <= min(counts) and max(counts) < 2**63
+    return min(counts) >= -(2**63) and max(counts) < 2**63
 
 
 def check_past(

@@ -7,6 +7,7 @@ sources may not hold by tests/test_threats_in_sources.py.
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import logging
 import os
@@ -140,6 +141,53 @@ async def test_ones_own_embedded_database_may_name_every_file(
         assert worker.database.embedded
         await worker.operations.create("threat", request_of(outside, outside))
         assert (await worker.resume("threat")).fills.shape[0] == 2
+
+
+class Waiting(kt.AsyncStrategy):
+    """Waits after its last bar, once."""
+
+    resources = ("gate",)
+
+    def __init__(self) -> None:
+        self.gate: list[asyncio.Event] = [asyncio.Event()]
+
+    async def on_bar(self, bar: kt.Bar) -> None:
+        pass
+
+    async def on_end(self, bar: kt.Bar) -> None:
+        self.gate[0].set()
+        await asyncio.Event().wait()
+
+
+class Going(Waiting):
+    """Doesn't."""
+
+    async def on_end(self, bar: kt.Bar) -> None:
+        pass
+
+
+Going.__qualname__ = Waiting.__qualname__  # the same strategy, by its name
+
+
+@pytest.mark.anyio
+async def test_changed_data_that_were_accepted_are_told_for_ever_also_after_the_last_bar(
+    dsn: str, files: tuple[Path, Path]
+) -> None:
+    inside, _ = files
+    bars, waiting = inside / "bars.csv", Waiting()
+    async with BacktestWorker.open(dsn, data_roots=(inside,)) as worker:
+        handle = worker.start(kt.BacktestRequest(data=str(bars)), "op", strategy=waiting)
+        await waiting.gate[0].wait()
+        await handle.cancel()
+        assert (await worker.operations.get("op")).checkpoint_bar == 299
+        lines = bars.read_text().splitlines()
+        lines[9] = ",".join([*lines[9].split(",")[:-1], "77.0"])
+        bars.write_text("\n".join(lines))
+        with pytest.raises(kt.CheckpointMismatchError):
+            await worker.resume("op", strategy=Going())
+        results = await worker.resume("op", strategy=Going(), accept_mismatch=True)
+        assert any("bars: stored" in each for each in results.accepted_mismatches), results.accepted_mismatches
+        assert (await worker.results("op")).accepted_mismatches == results.accepted_mismatches
 
 
 # Secrets.

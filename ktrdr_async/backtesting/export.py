@@ -20,6 +20,8 @@ def export(results: BacktestResults, directory: str | Path) -> list[Path]:
         InputError: if the directory can't be made or written.
     """
     target = Path(directory)
+    if "\0" in str(target):
+        raise InputError("the name of a directory has no zero byte", hint="name another directory")
     frames = {
         "fills": results.fills,
         "trades": results.trades,
@@ -34,7 +36,8 @@ def export(results: BacktestResults, directory: str | Path) -> list[Path]:
         for name, frame in frames.items():
             csv, parquet = target / f"{name}.csv", target / f"{name}.parquet"
             frame.to_csv(csv, index=False)  # floats come out as their shortest exact text
-            frame.to_parquet(parquet, index=False)
+            with parquet.open("wb") as stream:  # pyarrow itself takes no path that isn't UTF-8
+                frame.to_parquet(stream, index=False)
             written += [csv, parquet]
         outcome = target / "result.json"
         outcome.write_bytes(msgspec.json.format(msgspec.json.encode(results.outcome())) + b"\n")

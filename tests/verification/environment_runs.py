@@ -159,7 +159,7 @@ async def digests(signals: str, blocks: list[int], dsn: str | None) -> dict[str,
 
 
 class CancelAt(kt.CheckpointPolicy):
-    """Cancels the operation's task at a yield."""
+    """Cancels the operation's task at a yield, and has it saved there: the save is where the cancellation is heard."""
 
     def __init__(self, bar: int) -> None:
         super().__init__(10**9, time_interval_seconds=1e9)
@@ -167,9 +167,10 @@ class CancelAt(kt.CheckpointPolicy):
 
     def should_checkpoint(self, bar_index: int, force: bool = False) -> bool:
         task = asyncio.current_task()
-        if bar_index == self.bar and task is not None:
-            task.cancel()
-        return super().should_checkpoint(bar_index, force)
+        if bar_index != self.bar or task is None:
+            return False
+        task.cancel()
+        return True
 
 
 def write(path: Path, state: kt.BacktestCheckpointState) -> None:
@@ -208,7 +209,7 @@ async def resume(names: list[str], signals: str, folder: str, dsn: str | None, k
             for name in names:
                 try:
                     results = await worker.resume(f"{key}-{name}", bars=market(), strategy=make(name, signals))
-                    assert results.run.resumed_from == [LEFT_AT]
+                    assert results.run.resumed_from == [LEFT_AT], (name, results.run)
                     found[name].append(results.digest)
                 except kt.CheckpointMismatchError as error:
                     found[name].append(sorted(error.differences))

@@ -38,7 +38,7 @@ def ran(job: dict[str, Any], *, python: str = sys.executable, **variables: str) 
     ours = python == sys.executable
     paths = [str(CHECKOUT), str(HERE)] if ours else [str(HERE)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables}
-    program = [python, "-W", "error", "-c", "import environment_runs; environment_runs.main()", json.dumps(job)]
+    program = [python, "-P", "-W", "error", "-c", "import environment_runs; environment_runs.main()", json.dumps(job)]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, f"{python} {variables}: {done.stderr[-2000:]}"
     found: dict[str, Any] = json.loads(done.stdout)

@@ -252,8 +252,7 @@ class LedgerDigest:
         if count < self.count:
             raise ValueError(f"the digest stands at event {self.count}, it can't go back to {count}")
         pack = self._record.pack
-        for index in range(self.count, count):
-            e = events[index]
+        for e in events[self.count : count]:
             head = pack(
                 e.bar,
                 e.symbol,

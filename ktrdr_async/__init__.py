@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ktrdr_async.backtesting.engine import Block as Block
     from ktrdr_async.backtesting.request import BacktestRequest as BacktestRequest
     from ktrdr_async.backtesting.results import BacktestResults as BacktestResults
+    from ktrdr_async.backtesting.tiers import load_compiled as load_compiled
     from ktrdr_async.checkpoint.policy import CheckpointPolicy as CheckpointPolicy
     from ktrdr_async.checkpoint.schemas import DEFAULT_CHECKPOINT_BAR_INTERVAL as DEFAULT_CHECKPOINT_BAR_INTERVAL
     from ktrdr_async.checkpoint.schemas import DEFAULT_EQUITY_SAMPLE_INTERVAL as DEFAULT_EQUITY_SAMPLE_INTERVAL
@@ -88,6 +89,7 @@ _HOMES = {
     "backtesting.engine": ("BacktestingEngine", "Block"),
     "backtesting.request": ("BacktestRequest",),
     "backtesting.results": ("BacktestResults",),
+    "backtesting.tiers": ("load_compiled",),
     "checkpoint.policy": ("CheckpointPolicy",),
     "checkpoint.schemas": (
         "BacktestCheckpointState", "CheckpointType", "DEFAULT_CHECKPOINT_BAR_INTERVAL",

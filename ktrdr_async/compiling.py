@@ -11,7 +11,7 @@ this user and be writable by nobody else; where there can be none, code is compi
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
+import importlib
 import importlib.util
 import logging
 import os
@@ -19,7 +19,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -116,10 +116,12 @@ def _double(source: str, numba: ModuleType, directory: Path | None) -> tuple[Mod
     return module, functions
 
 
-def _cache_directory(version: str) -> Path | None:
+def _cache_directory(version: str, sources: Sequence[str] = SOURCES) -> Path | None:
     """A directory for exactly these sources, Python and numba, that nobody else can write to; None: there is none."""
-    key = hashlib.sha256(f"{version} {sys.version} {importlib.metadata.version('llvmlite')}".encode())
-    for source in SOURCES:
+    import llvmlite
+
+    key = hashlib.sha256(f"{version} {llvmlite.__version__} {sys.version}".encode())
+    for source in sources:
         spec = importlib.util.find_spec(source)
         if spec is None or spec.origin is None or not os.path.exists(spec.origin):
             return None

@@ -5,17 +5,22 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import asyncpg
 import pytest
 from campaigns import Figures
 from homes import make_home, remove_home, seed
 
+from ktrdr_async import compiling
+from ktrdr_async.backtesting.tiers import load_compiled
+from ktrdr_async.compiling import CACHE_VARIABLE
 from ktrdr_async.storage.database import DATABASE_VARIABLE, Database
 from ktrdr_async.storage.embedded import EmbeddedServer
 from ktrdr_async.storage.places import HOME_VARIABLE
 
 SEED = 20261125
+LOADED: dict[str, ModuleType] = {}  # the compiled tier, between the tests that use it
 FIGURES = pytest.StashKey[Figures]()
 
 
@@ -84,10 +89,22 @@ def private_home() -> Iterator[Path]:
     home = make_home()
     patch = pytest.MonkeyPatch()
     patch.setenv(HOME_VARIABLE, str(home))
+    patch.setenv(CACHE_VARIABLE, str(home / "cache"))
     patch.delenv(DATABASE_VARIABLE, raising=False)
     yield home
     patch.undo()
     remove_home(home)
+
+
+@pytest.fixture
+def compiled(private_home: Path) -> Iterator[None]:
+    """The compiled tier is loaded during a test, and hidden from the others."""
+    if not LOADED:
+        assert load_compiled().why_not is None
+        LOADED.update(compiling._modules)
+    compiling._modules.update(LOADED)
+    yield
+    compiling._modules.clear()
 
 
 @pytest.fixture(scope="session")

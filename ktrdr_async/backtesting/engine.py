@@ -117,6 +117,11 @@ class BacktestingEngine:
         return self._boundary
 
     @property
+    def tier(self) -> str:
+        """Which tier computes: "interpreted" or "compiled"."""
+        return self._tier.name
+
+    @property
     def portfolio(self) -> Portfolio:
         """The account; at a boundary nothing moves in it."""
         return self._portfolio

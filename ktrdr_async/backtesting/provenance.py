@@ -122,7 +122,7 @@ def manifest_of(engine: BacktestingEngine, upto: int) -> Manifest:
         decisions=engine.decided.digest(upto),
         arithmetic_version=ARITHMETIC_VERSION,
         numeric_probe=None if identity.built_in else numeric_probe(),
-        recorded={**environment(), "tier": "interpreted", "data": _data_of(engine)},
+        recorded={**environment(), "tier": engine.tier, "data": _data_of(engine)},
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from ktrdr_async import compiling
 from ktrdr_async.backtesting import execution as ex
+from ktrdr_async.errors import ParameterError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,13 +116,24 @@ def load_compiled() -> compiling.Loaded:
     return compiling.load(_rehearse)
 
 
-def load_if_it_pays(name: TierName, symbol_bars: int) -> compiling.Loaded | None:
-    """Loads the compiled tier for a run that has its process for itself, if it was asked for, or is long enough."""
+def pays(name: TierName, symbol_bars: int, *, alone: bool) -> bool:
+    """Whether the compiled tier should be loaded now, for one run.
+
+    Args:
+        name: what was asked for.
+        symbol_bars: how long the run is.
+        alone: nobody else is on the loop, which stands still meanwhile.
+    """
     if name == "interpreted" or compiled_tier() is not None:
-        return None
-    if name == "compiled" or (symbol_bars >= COMPILING_PAYS and compiling.installed()):
-        return load_compiled()
-    return None
+        return False
+    return name == "compiled" or (alone and symbol_bars >= COMPILING_PAYS and compiling.installed())
+
+
+def checked_tier(name: str) -> TierName:
+    """A tier's name. :raises ParameterError: if there is no such tier."""
+    if name not in get_args(TierName):
+        raise ParameterError(f"there is no tier {name!r}; there are: {', '.join(get_args(TierName))}")
+    return name  # type: ignore[return-value]
 
 
 def _rehearse() -> None:

@@ -32,7 +32,9 @@ async def carry_out(context: Context, request: BacktestRequest, pace: PaceOption
     async def work() -> BacktestResults:
         bars = await read_bars(request, Permissions(trusted=True))
         watched.bars = len(bars)
-        return await backtest(bars, request.strategy or "", request=request, on_block=watched.block, cwd=True)
+        return await backtest(
+            bars, request.strategy or "", request=request, on_block=watched.block, cwd=True, tier=pace.tier, alone=True
+        )
 
     task = asyncio.ensure_future(work())
 

@@ -85,6 +85,7 @@ class PaceOptions:
         checkpoint_seconds: seconds between two checkpoints, whichever comes first; saves take at most 5 % of the time.
         throttle: bars a second at most, for demonstrations.
         keep_state: keep the final state with the result, so that `extend` can go on from it.
+        tier: what computes; auto takes compiled code for long runs. Every bit is the same.
         progress_seconds: seconds between two lines of progress; 0.1 on a terminal and 5 elsewhere without it.
         output: directory to write fills, trades, equity and metrics to, as CSV, Parquet and JSON.
     """
@@ -93,6 +94,7 @@ class PaceOptions:
     checkpoint_seconds: Annotated[float | None, Parameter(group=HOW, metavar="S")] = None
     throttle: Annotated[float | None, Parameter(group=HOW, metavar="BARS_PER_SECOND")] = None
     keep_state: Annotated[bool, Parameter(group=HOW, negative=())] = False
+    tier: Annotated[Literal["auto", "interpreted", "compiled"], Parameter(group=HOW)] = "auto"
     progress_seconds: Annotated[float | None, Parameter(group=HOW, metavar="S")] = None
     output: Annotated[str | None, Parameter(name=["--output", "-o"], group=HOW, metavar="DIR")] = None
 

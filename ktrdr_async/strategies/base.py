@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import types
 from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
@@ -77,6 +78,8 @@ def _checked_parameters(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]
             checked[name] = msgspec.convert(value, kind)
         except msgspec.ValidationError as error:
             raise ParameterError(f"{cls.__name__}: {name}={value!r}: {str(error).split(' - at')[0].lower()}") from error
+        if isinstance(checked[name], float) and not math.isfinite(checked[name]):
+            raise ParameterError(f"{cls.__name__}: {name}={value!r} is not a finite number; it couldn't be stored")
     return checked
 
 

@@ -15,6 +15,7 @@ from ktrdr_async.backtesting.engine import BacktestingEngine
 from ktrdr_async.backtesting.provenance import anything, nothing
 from ktrdr_async.backtesting.request import BacktestRequest
 from ktrdr_async.backtesting.results import BacktestResults, RunStatistics
+from ktrdr_async.backtesting.tiers import load_compiled, pays
 from ktrdr_async.checkpoint.policy import CheckpointPolicy
 from ktrdr_async.checkpoint.service import CheckpointService
 from ktrdr_async.errors import (
@@ -333,8 +334,10 @@ class Actor:
         backoff = _FIRST_RESTART
         for restart in range(worker._max_restarts + 1):
             start = await self._load(claimed, prior, found)
+            if pays(worker.tier, len(job.bars) * job.bars.k, alone=worker.alone):
+                await self._turn.offload(load_compiled)
             try:
-                engine = BacktestingEngine(job.request, job.bars, job.strategy, turn=self._turn)
+                engine = BacktestingEngine(job.request, job.bars, job.strategy, turn=self._turn, tier=worker.tier)
             except Exception as error:
                 failure = {"type": type(error).__name__, "message": str(error)}
                 await self._give_back(claimed, End(Status.FAILED, failure), error)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ktrdr_async.backtesting.engine import BacktestingEngine
 from ktrdr_async.backtesting.results import BacktestResults, RunStatistics
+from ktrdr_async.backtesting.tiers import TierName, checked_tier, load_compiled, pays
 from ktrdr_async.supervision.jobs import job_of
+from ktrdr_async.supervision.shielding import in_thread
 from ktrdr_async.supervision.turns import turns_of_this_loop
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ async def backtest(
     request: BacktestRequest | None = None,
     on_block: Callable[[Block], None] | None = None,
     cwd: bool = False,
+    tier: TierName = "auto",
+    alone: bool = False,
     **terms: Any,
 ) -> BacktestResults:
     """Runs a backtest on this loop, without a database: nothing is saved, and a cancelled run starts at bar 0 again.
@@ -38,6 +42,8 @@ async def backtest(
         request: a whole request; `terms` override its fields.
         on_block: called at each boundary.
         cwd: look for the strategy's module in the current directory too.
+        tier: "auto": compiled where that is loaded; "compiled" loads it first; "interpreted". Every bit is the same.
+        alone: nobody else is on this loop, so that "auto" may load the compiled tier for a long run.
         terms: fields of `BacktestRequest`: initial_capital, commission, slippage, lot_size, ...
 
     Raises:
@@ -45,9 +51,11 @@ async def backtest(
         StrategyError: if the strategy breaks a rule; what it raises itself comes through.
     """
     job = await job_of(data, strategy, request, terms, cwd=cwd)
+    if pays(checked_tier(tier), len(job.bars) * job.bars.k, alone=alone):
+        await in_thread(load_compiled)
     started = time.monotonic()
     turn = turns_of_this_loop().turn()
-    engine = BacktestingEngine(job.request, job.bars, job.strategy, turn=turn)
+    engine = BacktestingEngine(job.request, job.bars, job.strategy, turn=turn, tier=tier)
     async with aclosing(engine.run()) as blocks:  # where `on_block` raises, the turn is given back at once
         async for block in blocks:
             if on_block is not None:
@@ -58,11 +66,16 @@ async def backtest(
 
 
 def backtest_sync(
-    data: Data, strategy: AnyStrategy | str, *, request: BacktestRequest | None = None, **terms: Any
+    data: Data,
+    strategy: AnyStrategy | str,
+    *,
+    request: BacktestRequest | None = None,
+    tier: TierName = "auto",
+    **terms: Any,
 ) -> BacktestResults:
     """`backtest` for scripts. :raises RuntimeError: inside a running loop, where `await kt.backtest(...)` serves."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(backtest(data, strategy, request=request, **terms))
+        return asyncio.run(backtest(data, strategy, request=request, tier=tier, alone=True, **terms))
     raise RuntimeError("a loop is running here: use `await kt.backtest(...)` instead of kt.backtest_sync(...)")

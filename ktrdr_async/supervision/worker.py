@@ -15,6 +15,7 @@ import anyio
 
 from ktrdr_async.backtesting.request import BacktestRequest
 from ktrdr_async.backtesting.results import BacktestResults
+from ktrdr_async.backtesting.tiers import TierName, checked_tier, load_compiled, pays
 from ktrdr_async.checkpoint.service import CheckpointService
 from ktrdr_async.errors import (
     InputError,
@@ -32,7 +33,7 @@ from ktrdr_async.supervision.handle import OperationHandle as OperationHandle
 from ktrdr_async.supervision.heart import Heart, LastLine, Running
 from ktrdr_async.supervision.jobs import Permissions
 from ktrdr_async.supervision.mailbox import Ending, Progress
-from ktrdr_async.supervision.shielding import finish_or_raise, until_done
+from ktrdr_async.supervision.shielding import finish_or_raise, in_thread, until_done
 from ktrdr_async.supervision.stored import progress_of, rebuild
 from ktrdr_async.supervision.turns import Turns
 
@@ -82,6 +83,8 @@ class BacktestWorker:
         loop_share: float,
         max_restarts: int,
         transient: tuple[type[Exception], ...],
+        tier: TierName,
+        alone: bool,
     ) -> None:
         self.database = database
         self.operations = OperationsService(database)
@@ -89,6 +92,7 @@ class BacktestWorker:
         self._roots = None if database.embedded else tuple(str(root) for root in data_roots)
         self._shutdown_seconds = shutdown_seconds
         self._max_restarts, self._transient = max_restarts, transient
+        self.tier, self.alone = tier, alone
         self._turns = Turns(loop_share=loop_share)
         self._slots = asyncio.Semaphore(max_operations)
         self._running: dict[str, Running] = {}
@@ -117,6 +121,8 @@ class BacktestWorker:
         loop_share: float = 1.0,
         max_restarts: int = 0,
         transient: tuple[type[Exception], ...] = (ConnectionError, TimeoutError),
+        tier: TierName = "auto",
+        alone: bool = False,
     ) -> AsyncIterator[BacktestWorker]:
         """Opens the database and a worker on it. Leaving shuts every operation down with a `shutdown` checkpoint.
 
@@ -133,6 +139,9 @@ class BacktestWorker:
             loop_share: share of the loop's time that all operations together may take.
             max_restarts: how often an operation goes on from its checkpoint after a transient error.
             transient: errors of a strategy that count as transient.
+            tier: "compiled" loads the compiled tier before the worker is ready; "auto" uses it where it is loaded;
+                "interpreted" doesn't. Every bit is the same.
+            alone: nobody else is on this loop, so that "auto" may load the compiled tier for a long run.
 
         Raises:
             InputError: if a number is out of its range, or the pool too small.
@@ -148,6 +157,8 @@ class BacktestWorker:
                 "the pool has one connection, and a worker needs two: it keeps one for its heartbeats",
                 hint="create it with max_size=2 or more",
             )
+        if pays(checked_tier(tier), 0, alone=alone):
+            await in_thread(load_compiled)
         async with Database.open(dsn, pool=pool, schema=schema, migrate=migrate) as database:
             worker = cls(
                 database,
@@ -158,6 +169,8 @@ class BacktestWorker:
                 loop_share=loop_share,
                 max_restarts=max_restarts,
                 transient=transient,
+                tier=tier,
+                alone=alone,
             )
             async with database.reserved() as reserved:
                 worker.last_line = LastLine(database, reserved)

@@ -131,7 +131,9 @@ def _descend(
         from ktrdr_async.strategies.registry import resolve
         from ktrdr_async.supervision.worker import BacktestWorker
 
-        async with BacktestWorker.open(where.dsn, allow=trust.allow, data_roots=trust.data_root) as worker:
+        async with BacktestWorker.open(
+            where.dsn, allow=trust.allow, data_roots=trust.data_root, tier=pace.tier, alone=True
+        ) as worker:
             parent = await worker.operations.find(operation)
             if "parameters" in changes:
                 kind = resolve(parent.request["strategy"], allow=trust.allow)

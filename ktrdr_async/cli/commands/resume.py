@@ -63,7 +63,9 @@ def resume(
         from ktrdr_async.supervision.stored import outcome_of
         from ktrdr_async.supervision.worker import BacktestWorker
 
-        async with BacktestWorker.open(where.dsn, allow=trust.allow, data_roots=trust.data_root) as worker:
+        async with BacktestWorker.open(
+            where.dsn, allow=trust.allow, data_roots=trust.data_root, tier=pace.tier, alone=True
+        ) as worker:
             row = await (worker.operations.latest() if operation is None else worker.operations.find(operation))
             name = row.operation_id
             if row.status is Status.COMPLETED and row.result is not None and pace.output is None:

@@ -65,7 +65,7 @@ def run(
         from ktrdr_async.supervision.worker import BacktestWorker
 
         permitted = list(dict.fromkeys([*allow, *([what.strategy] if ":" in what.strategy else [])]))
-        async with BacktestWorker.open(where.dsn, allow=allow) as worker:
+        async with BacktestWorker.open(where.dsn, allow=allow, tier=pace.tier, alone=True) as worker:
             roots = () if worker.database.embedded else roots_of(request.data, files_of(request.to_dict()))
             runner = Runner(context, pace, dsn=where.dsn, allow=permitted, roots=roots)
             operation_id = id or secrets.token_hex(8)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ktrdr_async.market import Bars
 
 BLOCK_BARS = 100
-_MOST_VALUES = 65_536  # symbol-bars of a block for whose fills there is room in compiled code
+_MOST_VALUES = 65_536  # symbol-bars of the largest block that an account is computed over at once
 _BARS_A_LOOK = 25  # bars between two looks at the account from which on compiled code computes it faster
 KERNELS = "ktrdr_async.strategies.kernels"
 _ENDS_MORE = (StopIteration, StopAsyncIteration, GeneratorExit, SystemExit, KeyboardInterrupt)
@@ -334,10 +334,10 @@ class BacktestingEngine:
                 for at in range(at, min(stop, end)):  # noqa: B020 - an error names it
                     bar._i = at - start
                     if told:
-                        before = len(portfolio.events)
+                        before = portfolio.event_count
                         portfolio.advance(at + 1)
-                        if len(portfolio.events) > before:
-                            await hooks.tell_fills(bar, len(portfolio.events) - before)
+                        if portfolio.event_count > before:
+                            await hooks.tell_fills(bar, portfolio.event_count - before)
                             deadline = turn.deadline
                     if at >= begins:
                         if waits:

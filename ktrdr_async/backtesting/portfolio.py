@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Recorded = tuple[int, str, float]  # bar, name, value
 _WINDOW_VALUES = 4096  # values of a column that are turned into Python floats at a time
+_ROOM_BLOCKS = 16  # blocks for whose fills there is room in compiled code
 _NOTHING_SAID = ex.Decisions(
     np.zeros(1, np.int64), np.array([ex.NO_BAR]), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0),
     np.zeros(0, np.int64),
@@ -102,7 +103,7 @@ class Portfolio:
         self.terms = ex.Terms(request.commission, request.slippage, request.lot_size, request.min_trade)
         self.book = _new_book(tier, request.initial_capital, self.k)
         self.tags: list[str] = []
-        self.events = Ledger(tags=self.tags)
+        self._ledger = Ledger(tags=self.tags)
         self.recorded: list[Recorded] = []
         self.looks = 0  # how often the account was brought up to a bar
         self.next_bar = 0  # the account stands at the close of the bar before
@@ -170,19 +171,18 @@ class Portfolio:
             if failed >= 0:
                 raise self.too_many_lots(failed)
             self._equity[at : at + count] = equity[:count]
-            if fills.count[0]:
-                self.take_fills()
+            self.take_fills()
             self.next_bar = at + count
 
     def _advance_compiled(self, stop: int) -> None:
         decisions, at = self._said(), self.next_bar
+        self._make_room(stop - at)
         failed = self.tier.kernel.run_bars(
             self.book, self.terms, self.k, self._opens, self._closes, at, at, stop - at, decisions, self._equity, at,
             self._fills,
         )  # fmt: skip
         if failed >= 0:
             raise self.too_many_lots(int(failed))
-        self.take_fills()
         self.next_bar = stop
         self._forget_said(int(decisions.next[0]))
 
@@ -193,13 +193,13 @@ class Portfolio:
             self.carry_out()
             return
         decisions = self._said()
+        self._make_room(stop - self.next_bar)
         failed = self.tier.kernel.run_block(
             self.book, self.terms, self.k, self._opens, self._closes, self.next_bar, stop, decisions, self._equity,
             self._fills,
         )  # fmt: skip
         if failed >= 0:
             raise self.too_many_lots(int(failed))
-        self.take_fills()
         self.next_bar = stop
         self._forget_said(int(decisions.next[0]))
 
@@ -216,9 +216,11 @@ class Portfolio:
         """Goes on in another tier, at a boundary of a strategy that decides bar by bar."""
         if tier is self.tier:
             return
+        self.take_fills()
         self.tier = tier
         self.book = ex.Book(*(tier.like(column) for column in self.book))
-        self._fills = _room(tier, 2 * self.k * min(max(self.piece, self._block_bars), len(self._bars)))
+        bars = self.piece if tier is INTERPRETED else _ROOM_BLOCKS * self._block_bars
+        self._fills = _room(tier, 2 * self.k * min(bars, len(self._bars)))
         self._window = (0, 0)
         if tier is not INTERPRETED:
             self._opens, self._closes = tier.flat(self._bars.open), tier.flat(self._bars.close)
@@ -258,7 +260,7 @@ class Portfolio:
         )  # fmt: skip
         if failed >= 0:
             raise self.too_many_lots(failed)
-        ahead = Ahead(ends, kept, fills.tolist(), len(self.events), widths)
+        ahead = Ahead(ends, kept, fills.tolist(), len(self._ledger), widths)
         self.take_fills()
         self.next_bar = stop
         return ahead
@@ -296,6 +298,7 @@ class Portfolio:
 
     def close_all(self) -> int:
         """The closing step of the market: closes what is open at the last close. Returns how many fills that took."""
+        self.take_fills()
         ex.close_all(self.book, self.terms, self.k, self.next_bar - 1, self._fills)
         count = int(self._fills.count[0])
         self.take_fills()
@@ -307,7 +310,7 @@ class Portfolio:
     def boundary(self, bar_index: int, strategy_state: bytes | None) -> Boundary:
         """A copy of everything that moves."""
         book = ex.Book(*(column[:] if isinstance(column, list) else column.tolist() for column in self.book))
-        return Boundary(bar_index, book, len(self.events), len(self.recorded), strategy_state)
+        return Boundary(bar_index, book, self.event_count, len(self.recorded), strategy_state)
 
     def tag_number(self, tag: str | None) -> int:
         """The number under which the book carries a tag."""
@@ -319,12 +322,27 @@ class Portfolio:
             self.tags.append(tag)
         return number
 
+    @property
+    def events(self) -> Ledger:
+        """The ledger, up to the last fill."""
+        self.take_fills()
+        return self._ledger
+
+    @property
+    def event_count(self) -> int:
+        """How many events the ledger has."""
+        return len(self._ledger) + int(self._fills.count[0])
+
+    def _make_room(self, bars: int) -> None:
+        if self._fills.count[0] + 2 * self.k * bars > len(self._fills.bar):
+            self.take_fills()
+
     def take_fills(self) -> None:
         """Moves the fills out of their room into the ledger."""
         count = self._fills.count[0]
         if count:
             columns = [column[:count] for column in self._fills[1:]]
-            self.events.add(columns if isinstance(columns[0], list) else [column.copy() for column in columns])
+            self._ledger.add(columns if isinstance(columns[0], list) else [column.copy() for column in columns])
             self._fills.count[0] = 0
 
     def follow(self) -> list[tuple[int, Trade]]:
@@ -379,7 +397,7 @@ class Portfolio:
             last = event.bar
             book.lots[event.symbol] += event.lots
             book.tally[ex.TRADES] += book.lots[event.symbol] == 0
-        self.events = Ledger(state.ledger, self.tags)
+        self._ledger = Ledger(state.ledger, self.tags)
         self.recorded = recorded
         self.next_bar = upto + 1
         book.money[ex.CASH] = self.events[-1].cash_after if self.events else self._initial_capital

@@ -359,7 +359,8 @@ class Bar:
             if name not in self._texts:
                 self._check_text(name, "a recorded value's name")
             try:
-                self._recorded[name] = float(value)
+                number = float(value)
+                self._recorded[name] = number if number == number else math.nan  # one NaN of the many
             except (TypeError, ValueError) as error:
                 raise OrderError(f"record({name}={value!r}): {error}", hint="record numbers") from None
 

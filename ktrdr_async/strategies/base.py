@@ -78,9 +78,21 @@ def _checked_parameters(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]
             checked[name] = msgspec.convert(value, kind)
         except msgspec.ValidationError as error:
             raise ParameterError(f"{cls.__name__}: {name}={value!r}: {str(error).split(' - at')[0].lower()}") from error
-        if isinstance(checked[name], float) and not math.isfinite(checked[name]):
-            raise ParameterError(f"{cls.__name__}: {name}={value!r} is not a finite number; it couldn't be stored")
+        if not _storable(checked[name]):
+            raise ParameterError(
+                f"{cls.__name__}: {name}={value!r} couldn't be stored: numbers are finite, integers have 64 bits"
+            )
     return checked
+
+
+def _storable(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    if isinstance(value, Mapping):
+        return all(map(_storable, value.values()))
+    return all(map(_storable, value)) if isinstance(value, list | tuple) else True
 
 
 class _BarLog(logging.LoggerAdapter[logging.Logger]):

@@ -156,7 +156,32 @@ def check_state(state: msgspec.Struct | None) -> bytes | None:
                 f"{type(state).__name__}.{name} holds {before!r} and would come back as {after!r}{kinds}",
                 hint="give the field the type that its values have",
             )
+    seen: set[int] = set()
+    for name in type(state).__struct_fields__:
+        if _reaches_twice(getattr(state, name), seen):
+            raise UndeclaredStateError(
+                f"{type(state).__name__}.{name} holds an object that the state holds elsewhere too; they would come back "
+                "as two",
+                hint="copy it",
+            )
     return data
+
+
+def _reaches_twice(value: Any, seen: set[int]) -> bool:
+    """Whether something that can change is reached that `seen` has already; adds what is reached."""
+    if isinstance(value, list | dict | set | np.ndarray) or (
+        isinstance(value, msgspec.Struct) and not value.__struct_config__.frozen
+    ):
+        if id(value) in seen:
+            return True
+        seen.add(id(value))
+    if isinstance(value, dict):
+        return any(_reaches_twice(each, seen) for each in value.values())
+    if isinstance(value, list | tuple):
+        return any(_reaches_twice(each, seen) for each in value)
+    if isinstance(value, msgspec.Struct):
+        return any(_reaches_twice(getattr(value, name), seen) for name in value.__struct_fields__)
+    return False
 
 
 def _same(a: Any, b: Any) -> bool:

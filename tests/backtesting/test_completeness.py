@@ -99,7 +99,7 @@ async def test_the_walk_reaches_what_moves() -> None:
     moved = differences(early, late)
     for path in (
         "engine._portfolio.book.money[0]", "engine._portfolio.book.mark[0]", "engine._portfolio.book.tally[3]",
-        "engine._portfolio.book.lots[0]", "engine._portfolio.events#", "engine._portfolio.recorded#",
+        "engine._portfolio.book.lots[0]", "engine._portfolio._ledger#", "engine._portfolio.recorded#",
         "engine._portfolio._trades.open[0].flow", "engine._portfolio._ledger_digest._hash",
         "engine._portfolio._recorded_hash", "engine._portfolio._followed", "engine._equity",
         "engine.strategy.state.mean", "engine.strategy.state.ring", "engine.strategy.state.recent[0]",

@@ -362,7 +362,7 @@ class Awaited(kt.AsyncStrategy):
         bar.record(end=await self._ask(self.state.score))
 
 
-@sized("strikes", ci=20, whole=3_000, minutes=90)
+@sized("strikes", ci=12, whole=3_000, minutes=90)
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")  # struck between the two
 @pytest.mark.parametrize("cancels", [False, True], ids=["raised", "cancelled"])
 @pytest.mark.parametrize("place", ["strategy", "engine", "engine that was resumed"])

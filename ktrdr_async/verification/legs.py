@@ -15,6 +15,7 @@ from ktrdr_async.backtesting.engine import BLOCK_BARS, BacktestingEngine
 from ktrdr_async.backtesting.ledger import LedgerEvent
 from ktrdr_async.backtesting.request import BacktestRequest
 from ktrdr_async.backtesting.results import BacktestResults, Unfilled
+from ktrdr_async.backtesting.tiers import TierName
 from ktrdr_async.backtesting.turn import NoTurn, Turn
 from ktrdr_async.checkpoint.schemas import BacktestCheckpointState, Counters
 from ktrdr_async.errors import StrategyError, UndeclaredStateError
@@ -74,6 +75,7 @@ class Leg(msgspec.Struct, frozen=True):
     request: BacktestRequest
     bars: Bars
     block_bars: int = BLOCK_BARS
+    tier: TierName = "interpreted"
     state: BacktestCheckpointState | None = None
     strike: Strike | None = None
     last: int | None = None
@@ -110,7 +112,7 @@ async def run_leg(
     striking: StrikingTurn | None = None
     if leg.strike is not None:
         used = striking = StrikingTurn(used, leg.strike, strategy=strategy, blow=blow)
-    engine = BacktestingEngine(leg.request, leg.bars, strategy, turn=used, block_bars=leg.block_bars)
+    engine = BacktestingEngine(leg.request, leg.bars, strategy, turn=used, block_bars=leg.block_bars, tier=leg.tier)
     if leg.strike is not None and leg.strike.how == "raise":
         raise_at(strategy, leg.strike.bar)
     task = asyncio.ensure_future(_consume(engine, leg, watch, striking, blow, at_boundary))

@@ -11,6 +11,7 @@ import numpy as np
 
 from ktrdr_async.backtesting.engine import BLOCK_BARS
 from ktrdr_async.backtesting.provenance import identity_of
+from ktrdr_async.backtesting.tiers import compiled_tier, load_compiled
 from ktrdr_async.errors import CheckpointCorruptedError, InputError, UndeclaredStateError
 from ktrdr_async.market import Bars
 from ktrdr_async.strategies.base import AnyStrategy, WeightStrategy
@@ -29,6 +30,7 @@ from ktrdr_async.verification.strikes import Strike
 
 RECORDED, AGAIN, OBJECT = "uninterrupted", "again, a new object", "again, the same object"
 BLOCKS, HASHES, CANCELS, KILLS, FUTURE = "block sizes", "hash seeds", "interruptions", "kill -9", "look-ahead"
+TIERS = "tiers"
 
 
 class Parted(Exception):  # noqa: N818 - no error: what was looked for
@@ -78,6 +80,7 @@ class Trials:
         await self._uninterrupted()
         await self._again()
         await self._block_sizes()
+        await self._tiers()
         await self._hash_seeds()
         await self._interruptions()
         await self._kills()
@@ -169,6 +172,20 @@ class Trials:
                 self._part(parting, f"blocks of {size} bars", "engine", reasons.reason_of("engine"))
         tried = sorted({1, BLOCK_BARS, *sizes})
         self._passed(BLOCKS, len(tried), f"{', '.join(map(str, tried))} bars a block: equal")
+
+    async def _tiers(self) -> None:
+        self._step(Step(TIERS, 0, 1))
+        if compiled_tier() is None:
+            loaded = await in_thread(load_compiled)
+            if loaded.why_not is not None:
+                self.untried.append(f"the compiled tier: {loaded.why_not}")
+                return
+        leg = msgspec.structs.replace(self._leg, tier="compiled")
+        _, parting = await self._try(leg)
+        if parting is not None:
+            parting = await self._narrowed(leg, parting)
+            self._part(parting, "the compiled tier", "engine", reasons.reason_of("engine"))
+        self._passed(TIERS, 1, "compiled: equal")
 
     # In fresh processes.
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 Factory = Callable[[], AnyStrategy]
 
-TIER = "interpreted"  # the only one that there is
-
 
 async def verify(
     data: Data,
@@ -132,4 +130,4 @@ def _factory(job: Job, strategy: AnyStrategy | Factory | str) -> Factory:
 def _versions() -> dict[str, str]:
     from ktrdr_async import __version__
 
-    return {"ktrdr_async": __version__, **environment(), "tier": TIER}
+    return {"ktrdr_async": __version__, **environment()}

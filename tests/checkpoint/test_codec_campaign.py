@@ -148,7 +148,8 @@ class Draw:
         inner = Inner(self.doubles(1)[0], self.texts(1)[0], self.texts(1)[0].encode())
         return Everything(
             [*self.doubles(20, odd=2), *payloads], self.ints(20),
-            dict(zip(self.texts(5), self.doubles(5), strict=True)), {text: [msgspec.structs.replace(inner), None] for text in self.texts(2)},
+            dict(zip(self.texts(5), self.doubles(5), strict=True)),
+            {text: [msgspec.structs.replace(inner), None] for text in self.texts(2)},
             (self.ints(1)[0], self.doubles(1)[0]),
             [self.array() for _ in range(20)],
         )  # fmt: skip

@@ -67,6 +67,7 @@ async def test_every_built_in_on_real_bars(strategy: AnyStrategy | None, signals
         "again, a new object": 1,
         "again, the same object": 1,
         "block sizes": 3,
+        "tiers": 1,
         "hash seeds": 1,
         "interruptions": 20,
         "kill -9": 1,

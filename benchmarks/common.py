@@ -23,6 +23,7 @@ Row = dict[str, Any]
 Key = TypeVar("Key", bound=Hashable)
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the package beside these scripts, whatever else is installed
 ALL_CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
 
 
@@ -92,30 +93,6 @@ def private_server() -> Iterator[dict[str, Any]]:
             shutil.rmtree(home, ignore_errors=True)
 
 
-@contextmanager
-def embedded_home() -> Iterator[Path]:
-    """An embedded PostgreSQL of its own, running on all cores; what is started here and names no database uses it."""
-    from ktrdr_async.storage.database import DATABASE_VARIABLE
-    from ktrdr_async.storage.embedded import EmbeddedServer
-    from ktrdr_async.storage.places import HOME_VARIABLE
-
-    kept = {name: os.environ.pop(name, None) for name in (HOME_VARIABLE, DATABASE_VARIABLE)}
-    home = Path(tempfile.mkdtemp(prefix="ktrdr-"))
-    home.chmod(0o711)  # as root the server runs as another account
-    os.environ[HOME_VARIABLE] = str(home)
-    server = EmbeddedServer(home)
-    try:
-        with on_all_cores():
-            server.start()
-        yield home
-    finally:
-        server.release()
-        server.wait_until_stopped(60)
-        shutil.rmtree(home, ignore_errors=True)
-        del os.environ[HOME_VARIABLE]
-        os.environ.update({name: value for name, value in kept.items() if value is not None})
-
-
 def medians(jobs: Mapping[Key, Callable[[], float]], repeat: int) -> dict[Key, float]:
     """The median of what each job returns; all are run in turn, `repeat` times, so that a slow minute hits all."""
     found: dict[Key, list[float]] = {key: [] for key in jobs}
@@ -159,7 +136,11 @@ def versions(packages: Iterable[str]) -> str:
 
 
 def version_of(package: str) -> str | None:
-    """An installed package's version."""
+    """A package's version; None: it isn't installed."""
+    if package == "ktrdr_async":  # the one beside these scripts
+        import ktrdr_async
+
+        return ktrdr_async.__version__
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -25,11 +25,16 @@ from ktrdr_async.storage.database import Database
 Save = Callable[[BacktestCheckpointState], None]
 
 
+def since_of(service: kt.CheckpointService) -> Since:
+    """How much of each growing field is saved."""
+    at = service.acknowledged
+    return Since(at.ledger, at.samples, at.recorded)
+
+
 def state_of(engine: BacktestingEngine, service: kt.CheckpointService) -> BacktestCheckpointState:
     """The state at the engine's boundary, its growing fields from what the service has saved on."""
-    at, boundary = service.acknowledged, engine.boundary.bar_index
-    since = Since(at.ledger, at.samples, at.recorded)
-    return build_backtest_checkpoint_state(engine, boundary, int(engine.bars.timestamps[boundary]), since=since)
+    at = engine.boundary.bar_index
+    return build_backtest_checkpoint_state(engine, at, int(engine.bars.timestamps[at]), since=since_of(service))
 
 
 class NewLoop:

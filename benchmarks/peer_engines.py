@@ -117,19 +117,6 @@ class OursAlone(Ours):
         return kt.backtest_sync(self.bars, our_strategy(self.job), **TERMS)
 
 
-class OursWithCheckpoints(Ours):
-    def __init__(self, market: Market, job: str, worker: kt.BacktestWorker, runner: asyncio.Runner) -> None:
-        self.job, self.bars, self.worker, self.runner = job, our_bars(market), worker, runner
-
-    async def _timed(self) -> tuple[float, kt.BacktestResults]:
-        import ktrdr_async as kt
-
-        strategy, request = our_strategy(self.job), kt.BacktestRequest(**TERMS)
-        started = time.perf_counter()
-        results = await self.worker.run(request, bars=self.bars, strategy=strategy)
-        return time.perf_counter() - started, results
-
-
 class Vectorbt(Engine):
     def __init__(self, market: Market, job: str) -> None:
         import vectorbt
@@ -212,15 +199,18 @@ class BacktestingPy(Engine):
 
         class Cross(Strategy):  # type: ignore[misc]
             def init(self) -> None:
-                close = self.data.Close.s
+                self.held, close = False, self.data.Close.s
                 self.fast, self.slow = (close.rolling(window).mean().to_numpy() for window in (FAST, SLOW))
 
             def next(self) -> None:
                 at = len(self.data) - 1
-                if self.fast[at] > self.slow[at] and not self.position:
+                fast, slow = self.fast[at], self.slow[at]
+                if fast > slow and not self.held:
                     self.buy(size=1)
-                elif self.fast[at] < self.slow[at] and self.position:
+                    self.held = True
+                elif fast < slow and self.held:
                     self.position.close()
+                    self.held = False
 
         self.test = Backtest(market.frame(title=True), Cross, cash=CAPITAL, commission=COMMISSION)
 
@@ -242,15 +232,18 @@ class Backtrader(Engine):
             def __init__(self) -> None:
                 self.fast = backtrader.indicators.SMA(self.data.close, period=FAST)
                 self.slow = backtrader.indicators.SMA(self.data.close, period=SLOW)
+                self.held = False
                 self.fills: list[Any] = []
                 self.equity: list[float] = []
 
             def next(self) -> None:
                 fast, slow = self.fast[0], self.slow[0]
-                if fast > slow and not self.position:
+                if fast > slow and not self.held:
                     self.buy(size=1)
-                elif fast < slow and self.position:
+                    self.held = True
+                elif fast < slow and self.held:
                     self.close()
+                    self.held = False
                 self.equity.append(self.broker.getvalue())
 
             def notify_order(self, order: Any) -> None:
@@ -258,7 +251,7 @@ class Backtrader(Engine):
                     self.fills.append((len(self) - 1, order.executed.size, order.executed.price))
 
         class Columns(backtrader.feed.DataBase):  # type: ignore[misc]
-            """Reads lists: its own PandasData takes as long as all the rest."""
+            """Reads rows of numbers: its own PandasData takes longer than all the rest."""
 
             rows: Any = ()
 
@@ -353,7 +346,7 @@ class Nautilus(Engine):
         quotes.index = pd.DatetimeIndex(market.timestamps + 1)
         self.quotes = QuoteTickDataWrangler(self.instrument).process(quotes)
 
-    def made(self) -> tuple[Any, Any]:
+    def _made(self) -> tuple[Any, Any]:
         from nautilus_trader.backtest.engine import BacktestEngine, BacktestEngineConfig
         from nautilus_trader.backtest.models import LatencyModel
         from nautilus_trader.config import LoggingConfig, RiskEngineConfig
@@ -380,7 +373,7 @@ class Nautilus(Engine):
         return self._run()[0]
 
     def _run(self) -> tuple[float, Any]:
-        engine, strategy = self.made()
+        engine, strategy = self._made()
         started = time.perf_counter()
         engine.run()
         seconds = time.perf_counter() - started

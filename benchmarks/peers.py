@@ -10,10 +10,12 @@ Fair or void:
   of 1/64, so that every way of summing a window comes to the same mean, and no engine decides a near tie by rounding.
 - Indicators (each engine's own), the record of every fill as the engine keeps it (columns or objects), and an equity
   at each close are counted for all. Metrics are out for all: ours and vectorbt's are computed when asked for;
-  backtesting.py's `compute_stats`, which its `run` always calls, is replaced by one that keeps trades and equity only.
+  backtesting.py's `compute_stats` and bt's `calc_perf_stats`, which their `run` always calls, are replaced by ones that
+  keep trades and equity; nautilus_trader's `run_analysis` is off.
 - One rule from bar 29 on: hold one unit while the fast mean is above the slow one, none while it is below, as before
   while they are equal. Commission 0.001, no slippage, nothing closed at the end. Each engine is used in the fastest
-  way that we know to say this in its public interface: backtesting.py without `self.I`, vectorbt without an index.
+  way that we know: vectorbt on bare arrays, backtesting.py without `self.I`, backtrader without its PandasData, which
+  takes longer than all the rest, nautilus_trader without logs and risk checks; what is held is known to each strategy.
 - Before anything is timed, each engine's fills (bar, signed units, price) must be ours, one by one, and its equity
   after the last bar too. One that differs is shown as not comparable, without a ratio.
 - bt fills at the price that it also decides at. It is given opens as prices and the decisions of the bar before, so
@@ -40,7 +42,7 @@ from pathlib import Path
 
 import numpy as np
 import peer_engines
-from common import Column, Row, embedded_home, fresh_seconds, medians, parser, pin, report, version_of
+from common import Column, Row, fresh_seconds, medians, parser, pin, private_server, report, version_of
 from peer_engines import ENGINES, TERMS, US, Engine, Market, Outcome, our_bars, our_strategy
 
 import ktrdr_async as kt
@@ -51,7 +53,7 @@ JOBS = {
     "weights": (US, "vectorbt", "bt"),
     "on_bar": (US, "backtesting.py", "backtrader", "nautilus_trader"),
 }
-MOST = {US: 10_000_000, "bt": 100_000, "nautilus_trader": 100_000}  # bars; the others: 1 M
+MOST = {US: 10_000_000, "nautilus_trader": 100_000}  # bars; the others: 1 M
 PACKAGES = {"backtesting.py": "backtesting"}  # where the name isn't the package's
 BUDGETS = {("weights", "vectorbt"): 5.0, ("on_bar", "backtesting.py"): 8.0, ("on_bar", "backtrader"): 50.0}
 COLUMNS = (
@@ -61,7 +63,7 @@ COLUMNS = (
     Column("engine", "engine"),
     Column("fills", "fills", ","),
     Column("seconds", "seconds", ".4f"),
-    Column("speed", "bars/s", ",.0f"),
+    Column("bars_per_second", "bars/s", ",.0f"),
     Column("ratio", "theirs/ours", ".2f"),
     Column("budget", "budget", ".0f"),
     Column("reason", "not comparable because"),
@@ -91,7 +93,7 @@ def rows_of(job: str, bars: int, variant: str, seconds: dict[str, float], reason
     for engine, took in seconds.items():
         ratio = took / seconds[US] if US in seconds and not reasons.get(engine) else None
         rows.append({"engine": engine, "job": job, "bars": bars, "variant": variant, "seconds": took, "ratio": ratio})
-        rows[-1] |= {"speed": bars / took}
+        rows[-1] |= {"bars_per_second": bars / took}
         if (job, engine) in BUDGETS and variant == "warm" and bars == 1_000_000:
             rows[-1] |= {"budget": BUDGETS[job, engine]}
         if reason := reasons.get(engine):
@@ -154,7 +156,7 @@ def main() -> None:
     if loaded.why_not is not None:
         notes.append(f"ktrdr_async ran interpreted: {loaded.why_not}")
     rows = []
-    with embedded_home():
+    with private_server():
         for bars in [options.bars] if options.bars else SIZES:
             market = market_of(bars)
             for job, known in JOBS.items():

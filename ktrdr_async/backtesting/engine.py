@@ -239,18 +239,16 @@ class BacktestingEngine:
         features: dict[str, NDArray[np.float64]] = {}
         if isinstance(strategy, WeightStrategy):
             kernels = compiling.compiled(KERNELS) if self._tier is not INTERPRETED else None
-            targets = await self._turn.offload(
-                lambda: checked_targets(strategy, bars, self.request.lot_size, self._decided, kernels)
+            targets = await self._turn.prepare(
+                self, lambda: checked_targets(strategy, bars, self.request.lot_size, self._decided, kernels)
             )
             self._portfolio.know(targets, by_weight=self._decided.by_weight)
         elif isinstance(strategy, AsyncStrategy):
-            self._turn.leave()
-            given = await strategy.prepare(bars)
-            await self._turn.enter()
+            given = await self._turn.prepare(self, strategy.prepare(bars))
             features = checked_features(strategy, bars, given, self._decided)
         else:
-            features = await self._turn.offload(
-                lambda: checked_features(strategy, bars, strategy.prepare(bars), self._decided)
+            features = await self._turn.prepare(
+                self, lambda: checked_features(strategy, bars, strategy.prepare(bars), self._decided)
             )
         encoded = check_state(strategy.state)
         self._state = encoded if self._targets_known else None

@@ -42,6 +42,14 @@ class Unfilled(msgspec.Struct, frozen=True):
     tag: str | None
 
 
+class Lag(msgspec.Struct, frozen=True):
+    """How late the loop was to others that it serves, ms."""
+
+    p50: float
+    p99: float
+    max: float
+
+
 class RunStatistics(msgspec.Struct, kw_only=True):
     """How the run went; none of it is part of the result's digest."""
 
@@ -51,6 +59,19 @@ class RunStatistics(msgspec.Struct, kw_only=True):
     checkpoints_saved: int = 0
     checkpoints_failed: int = 0
     save_seconds: float = 0.0
+    loop_lag_ms: Lag | None = None  # while that process ran it; whoever else was on the loop is in it
+    prepare_lag_ms: float | None = None  # the loop's largest during `prepare` or the targets
+    long_calls: int = 0  # of the strategy, that held the loop for more than 50 ms each
+    longest_call_ms: float = 0.0
+    long_call: str = ""  # which was the first one
+
+    def lag_text(self) -> str:
+        """How late the loop was, in a few words; empty where nobody measured it."""
+        lag, prepare = self.loop_lag_ms, self.prepare_lag_ms
+        if lag is None:
+            return ""
+        largest = "" if prepare is None else f", {prepare:.1f} at most in prepare"
+        return f"loop late by {lag.p50:.1f} ms, p99 {lag.p99:.1f}, at most {lag.max:.1f}{largest}"
 
 
 class Outcome(msgspec.Struct, kw_only=True):

@@ -26,6 +26,7 @@ def rows_of(results: BacktestResults) -> list[tuple[str, str]]:
     m, counters, bars = results.metrics, results.counters, results.bars
     first, last = (str(results._times([i])[0])[:16] for i in (0, len(bars) - 1))
     zero = sum(counters.zero_lots)
+    late = results.run.lag_text()
     names = ", ".join(bars.symbols[:6]) + (" ..." if len(bars.symbols) > 6 else "")
     return [
         ("strategy", f"{results.strategy.name} {_parameters(results)}".strip()),
@@ -46,6 +47,7 @@ def rows_of(results: BacktestResults) -> list[tuple[str, str]]:
             f"{len(results.ledger):,} fills   {counters.cut:,} cut   {len(results.unfilled_orders):,} unfilled   "
             f"{zero:,} of zero lots",
         ),
+        *([("run", f"{results.run.seconds:.1f} s, {late}")] if late else []),
         ("digest", results.digest),
     ]
 
@@ -84,6 +86,12 @@ def warnings_of(results: BacktestResults) -> list[str]:
         )
     if results.open_positions:
         found.append(f"left open: {', '.join(f'{q:g} {s}' for s, q in results.open_positions.items())}")
+    run = results.run
+    if run.long_call:
+        more = "" if run.long_calls == 1 else (
+            f"; {run.long_calls:,} calls took more than 50 ms, the longest {run.longest_call_ms:.0f} ms"
+        )  # fmt: skip
+        found.append(f"{run.long_call}, and everybody else on it waited{more}")
     found += [f"went on in spite of a difference: {accepted}" for accepted in results.accepted_mismatches]
     return found + m.notes
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from ktrdr_async.backtesting.engine import BacktestingEngine
 
 T = TypeVar("T")
 
@@ -31,6 +34,12 @@ class Turn(Protocol):
     async def offload(self, work: Callable[[], T]) -> T:
         """Runs a large piece of one-off work where it holds the loop least."""
 
+    async def prepare(self, engine: BacktestingEngine, work: Callable[[], T] | Awaitable[T]) -> T:
+        """As `offload`, for what a strategy computes over all bars at once: `prepare` or its targets, checked and kept.
+
+        It may be computed elsewhere, and kept in `engine.decided` here; a coroutine is awaited without the turn.
+        """
+
 
 class NoTurn:
     """An engine that has the loop to itself."""
@@ -54,3 +63,7 @@ class NoTurn:
     async def offload(self, work: Callable[[], T]) -> T:
         """Does it here."""
         return work()
+
+    async def prepare(self, engine: BacktestingEngine, work: Callable[[], T] | Awaitable[T]) -> T:
+        """Does it here."""
+        return work() if callable(work) else await work

@@ -53,6 +53,7 @@ def summary_rows(outcome: Outcome, request: Mapping[str, Any]) -> list[tuple[str
     first, last = time_text(outcome.first_timestamp), time_text(outcome.last_timestamp)
     resumed = ", ".join(f"{bar:,}" for bar in run.resumed_from)
     how = f"{run.seconds:.1f} s, {run.checkpoints_saved:,} checkpoints"
+    late = run.lag_text().removeprefix("loop ")
     return [
         ("strategy", f"{outcome.strategy.name} {named}".strip()),
         ("bars", f"{outcome.bars:,} of {symbols}, {first} to {last} UTC"),
@@ -70,6 +71,7 @@ def summary_rows(outcome: Outcome, request: Mapping[str, Any]) -> list[tuple[str
         ),
         ("orders", f"{outcome.events:,} fills   {counters.cut:,} cut   {len(outcome.unfilled):,} unfilled"),
         ("run", how + (f", resumed from bars {resumed}" if resumed else "")),
+        *([("loop", late)] if late else []),
     ]
 
 

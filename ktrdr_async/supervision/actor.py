@@ -39,6 +39,7 @@ from ktrdr_async.supervision.supervisor import Supervisor
 if TYPE_CHECKING:
     from ktrdr_async.market import Bars
     from ktrdr_async.strategies.base import AnyStrategy
+    from ktrdr_async.supervision.lag import Watch
     from ktrdr_async.supervision.turns import OperationTurn
     from ktrdr_async.supervision.worker import BacktestWorker
 
@@ -318,7 +319,8 @@ class Actor:
         if claimed.paused:
             self.mailbox.pause()
         try:
-            return await self._supervise(job, claimed, prior, found)
+            with self._turn.lag.watch() as watch:
+                return await self._supervise(job, claimed, prior, found, watch)
         finally:
             if worker._running.get(named) is running:
                 del worker._running[named]
@@ -327,7 +329,7 @@ class Actor:
                 if self._supervisor.ends.owed is not None:
                     worker.debts.add(named, claimed.checkpoints, self._supervisor.ends.owed)
 
-    async def _supervise(self, job: Job, claimed: Claimed, prior: End, found: Operation) -> BacktestResults:
+    async def _supervise(self, job: Job, claimed: Claimed, prior: End, found: Operation, lag: Watch) -> BacktestResults:
         """Runs the engine to an end; after a transient error again from the checkpoint, a bounded number of times."""
         worker, plan = self._worker, self.plan
         statistics = RunStatistics()
@@ -352,6 +354,8 @@ class Actor:
                 prior=prior,
                 last_line=worker.last_line,
                 statistics=statistics,
+                lag=lag,
+                alone=worker.alone,
                 throttle=plan.throttle,
                 keep_state=plan.keep_state,
                 transient=worker._transient if restart < worker._max_restarts else (),

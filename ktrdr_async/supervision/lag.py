@@ -1,6 +1,6 @@
 """How late a loop comes to those that it serves: a ticker beside what runs, and how late its ticks were.
 
-It ticks only while somebody watches, each 2 ms while somebody computes and each 20 ms while all wait: waking an idle
+It ticks only while somebody watches, each 2 ms while somebody computes and each 10 ms while all wait: waking an idle
 loop costs more than it tells. A tick counts for the time that it stands for.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from ktrdr_async.backtesting.results import Lag
 
 BUSY_SECONDS = 0.002
-IDLE_TICKS = 10  # times `BUSY_SECONDS`
+IDLE_TICKS = 5  # times `BUSY_SECONDS`
 _OCTAVE = 16  # buckets in which lateness doubles: each is 4 % wide
 _BUCKETS = 26 * _OCTAVE  # from 1 us to a minute
 
@@ -49,18 +49,18 @@ class LoopLag:
         """Begins to look; `end` it."""
         self._watches += 1
         if self._timer is None:
-            self._wait()
+            self._wait(1)
         return Watch(self)
 
-    def _wait(self) -> None:
-        self._ticks = 1 if self._busy() else IDLE_TICKS
-        seconds = self._ticks * BUSY_SECONDS
+    def _wait(self, ticks: int) -> None:
+        self._ticks = ticks
+        seconds = ticks * BUSY_SECONDS
         self._due = self._clock() + seconds
         self._timer = asyncio.get_running_loop().call_later(seconds, self._tick)
 
     def _tick(self) -> None:
         self._counts[_bucket(self._clock() - self._due)] += self._ticks
-        self._wait()
+        self._wait(1 if self._busy() else IDLE_TICKS)
 
     def _overdue(self) -> float:
         """Seconds by which the next tick is late already."""
@@ -83,13 +83,15 @@ class Watch:
         self._before = lag._counts.copy()
         self._ended = False
 
-    def figures(self) -> Lag:
-        """Median, 99th percentile and maximum so far, each at most 4 % too large."""
+    def figures(self) -> Lag | None:
+        """Median, 99th percentile and maximum so far, each at most 4 % too large; None before the first tick."""
         counts = [now - before for now, before in zip(self._lag._counts, self._before, strict=True)]
         overdue = self._lag._overdue()
-        if overdue > 0 or not any(counts):
+        if overdue > 0:
             counts[_bucket(overdue)] += 1
         total, passed, found = sum(counts), 0, []
+        if not total:
+            return None
         shares = [0.5, 0.99, 1.0]
         for bucket, count in enumerate(counts):
             passed += count

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ktrdr_async.backtesting.engine import BacktestingEngine
 from ktrdr_async.backtesting.results import BacktestResults, RunStatistics
 from ktrdr_async.backtesting.tiers import TierName, checked_tier, load_compiled, pays
+from ktrdr_async.supervision.holding import watched
 from ktrdr_async.supervision.jobs import job_of
 from ktrdr_async.supervision.shielding import in_thread
 from ktrdr_async.supervision.turns import turns_of_this_loop
@@ -53,15 +54,17 @@ async def backtest(
     job = await job_of(data, strategy, request, terms, cwd=cwd)
     if pays(checked_tier(tier), len(job.bars) * job.bars.k, alone=alone):
         await in_thread(load_compiled)
-    started = time.monotonic()
+    started, run = time.monotonic(), RunStatistics(bars_computed=len(job.bars))
     turn = turns_of_this_loop().turn()
     engine = BacktestingEngine(job.request, job.bars, job.strategy, turn=turn, tier=tier)
-    async with aclosing(engine.run()) as blocks:  # where `on_block` raises, the turn is given back at once
-        async for block in blocks:
-            if on_block is not None:
-                on_block(block)
+    with turn.lag.watch() as watch:
+        async with aclosing(engine.run()) as blocks:  # where `on_block` raises, the turn is given back at once
+            async for block in watched(blocks, job.strategy, run, "backtest", alone=alone):
+                if on_block is not None:
+                    on_block(block)
+        run.loop_lag_ms, run.prepare_lag_ms = watch.figures(), turn.prepare_lag
     results = engine.results()
-    results.run = RunStatistics(seconds=time.monotonic() - started, bars_computed=len(job.bars))
+    run.seconds, results.run = time.monotonic() - started, run
     return results
 
 

@@ -40,6 +40,7 @@ from ktrdr_async.errors import (
 )
 from ktrdr_async.operations.lifecycle import Status
 from ktrdr_async.supervision.endings import SETTLED, End, Endings, note_of, resume_hint
+from ktrdr_async.supervision.holding import watched
 from ktrdr_async.supervision.mailbox import Ending, Mailbox, Progress
 from ktrdr_async.supervision.shielding import finish
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from ktrdr_async.checkpoint.service import CheckpointService
     from ktrdr_async.operations.bounded import Source
     from ktrdr_async.supervision.descent import Start
+    from ktrdr_async.supervision.lag import Watch
     from ktrdr_async.supervision.turns import OperationTurn
 
 logger = logging.getLogger("ktrdr_async.supervision")
@@ -69,6 +71,8 @@ class Supervisor:
         mailbox: what others ask for.
         prior: what to go back to where nothing may change.
         statistics: how the run goes; goes on across restarts.
+        lag: how late the loop is meanwhile; None: nobody looks.
+        alone: nobody else is on the loop.
         last_line: where final saves go; None: the checkpoints' own database.
         throttle: bars a second at most; None: as fast as it goes.
         keep_state: store the state before the closing step with the result.
@@ -87,6 +91,8 @@ class Supervisor:
         *,
         prior: End,
         statistics: RunStatistics,
+        lag: Watch | None = None,
+        alone: bool = False,
         last_line: Source | None = None,
         throttle: float | None = None,
         keep_state: bool = False,
@@ -95,6 +101,7 @@ class Supervisor:
     ) -> None:
         self.operation_id = operation_id
         self.statistics = statistics
+        self._lag, self._alone = lag, alone
         self.restartable = False  # it ended with a transient error, and still holds its claim
         self.ends = Endings(operation_id, checkpoints, mailbox, statistics, last_line)
         self._transient = transient
@@ -142,7 +149,8 @@ class Supervisor:
         try:
             await self._turn.offload(lambda: prepare_manifests(self._engine))
             async with aclosing(self._engine.run(state, accept=start.accept)) as blocks:
-                async for block in blocks:
+                strategy, named = self._engine.strategy, self.operation_id
+                async for block in watched(blocks, strategy, self.statistics, named, alone=self._alone):
                     self._block = block
                     if self._told_to_end():  # and the strategy has swallowed it
                         raise asyncio.CancelledError
@@ -223,6 +231,8 @@ class Supervisor:
             self._counted = True
             self.statistics.seconds += self._clock() - self._began
             self.statistics.bars_computed += max(0, self._engine.boundary.bar_index + 1 - self._first_bar)
+            self.statistics.loop_lag_ms = self._lag.figures() if self._lag is not None else None
+            self.statistics.prepare_lag_ms = self._turn.prepare_lag
 
     def _told_to_end(self) -> bool:
         """Whether this task was cancelled, by the mailbox or from outside; else a CancelledError is the strategy's."""

@@ -1,8 +1,7 @@
 """Who may compute now: one token a worker goes round, so that the loop stays responsive beside any number of runs.
 
 One operation computes per loop iteration, for at most `budget` seconds, looked at between bars. A token that is handed
-on is
-taken up in the next iteration, never in the same one: hundreds of operations that each give the loop a turn would
+on is taken up in the next iteration, never in the same one: hundreds of operations that each give the loop a turn would
 still starve it if they all computed between two of its turns.
 """
 
@@ -11,11 +10,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
+from ktrdr_async.supervision.lag import LoopLag
 from ktrdr_async.supervision.shielding import in_thread
+
+if TYPE_CHECKING:
+    from ktrdr_async.backtesting.engine import BacktestingEngine
 
 T = TypeVar("T")
 
@@ -29,6 +32,9 @@ class Turns:
         budget: seconds that a turn lasts.
         loop_share: share of the loop's time that all turns together may take, 0 < loop_share <= 1.
         clock: monotonic seconds.
+
+    Attributes:
+        lag: how late the loop is, for those who watch.
     """
 
     def __init__(
@@ -43,6 +49,11 @@ class Turns:
         self._last: OperationTurn | None = None
         self._resting = False  # given up in this iteration: nobody takes it before the next one
         self._queue: deque[tuple[OperationTurn, asyncio.Future[None]]] = deque()
+        self._away = 0  # pieces of work in threads, or in other processes
+        self.lag = LoopLag(self._computing)
+
+    def _computing(self) -> bool:
+        return self._holder is not None or self._resting or bool(self._queue) or self._away > 0
 
     def turn(self) -> OperationTurn:
         """The turn of one operation."""
@@ -72,15 +83,27 @@ class Turns:
 
 
 class OperationTurn:
-    """One operation's turn; what an engine's `Turn` asks for."""
+    """One operation's turn; what an engine's `Turn` asks for.
 
-    __slots__ = ("_turns", "clock", "deadline", "since")
+    Attributes:
+        elsewhere: computes in another process what a strategy computes over all bars; None: it is computed here.
+        prepare_lag: ms, the largest lateness of the loop during that; None: it hasn't begun.
+    """
+
+    __slots__ = ("_turns", "clock", "deadline", "elsewhere", "prepare_lag", "since")
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
         self.clock = turns.clock
         self.deadline = 0.0
         self.since = 0.0
+        self.elsewhere: Callable[[BacktestingEngine], Awaitable[Any]] | None = None
+        self.prepare_lag: float | None = None
+
+    @property
+    def lag(self) -> LoopLag:
+        """How late the loop is, for those who watch."""
+        return self._turns.lag
 
     def due(self) -> bool:
         """Whether this turn is over."""
@@ -126,9 +149,31 @@ class OperationTurn:
     async def offload(self, work: Callable[[], T]) -> T:
         """Runs large one-off work in a thread, without the token. A cancellation waits: threads can't be ended."""
         self.leave()
-        result = await in_thread(work)
+        self._turns._away += 1
+        try:
+            result = await in_thread(work)
+        finally:
+            self._turns._away -= 1
         await self.enter()
         return result
+
+    async def prepare(self, engine: BacktestingEngine, work: Callable[[], T] | Awaitable[T]) -> T:
+        """As `offload`, in a thread or another process; a coroutine is awaited here, without the token."""
+        with self._turns.lag.watch() as watch:
+            try:
+                if not callable(work):
+                    waited = work
+                elif self.elsewhere is not None:
+                    waited = self.elsewhere(engine)
+                else:
+                    return await self.offload(work)
+                self.leave()
+                result = await waited
+                await self.enter()
+                return result
+            finally:
+                seen = watch.figures()
+                self.prepare_lag = max(self.prepare_lag or 0.0, 0.0 if seen is None else seen.max)
 
 
 _shared: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()

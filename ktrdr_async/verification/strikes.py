@@ -6,7 +6,7 @@ import asyncio
 import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
@@ -14,6 +14,7 @@ import msgspec
 from ktrdr_async.strategies.base import AnyStrategy, AsyncStrategy, WeightStrategy
 
 if TYPE_CHECKING:
+    from ktrdr_async.backtesting.engine import BacktestingEngine
     from ktrdr_async.backtesting.turn import Turn
 
 T = TypeVar("T")
@@ -136,6 +137,10 @@ class StrikingTurn:
     async def offload(self, work: Callable[[], T]) -> T:
         """The inner turn's."""
         return await self._inner.offload(work)
+
+    async def prepare(self, engine: BacktestingEngine, work: Callable[[], T] | Awaitable[T]) -> T:
+        """The inner turn's."""
+        return await self._inner.prepare(engine, work)
 
     def _strike_once(self) -> None:
         if not self._struck:

@@ -144,3 +144,6 @@ class Hops:
     async def offload(self, work: Any) -> Any:
         await asyncio.sleep(0)
         return work()
+
+    async def prepare(self, engine: kt.BacktestingEngine, work: Any) -> Any:
+        return await self.offload(work) if callable(work) else await work

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import msgspec
 
@@ -151,6 +151,15 @@ class PriceRange(msgspec.Struct, frozen=True):
         return (float(low), float(high)) if low <= high else None
 
 
+class _Held(NamedTuple):
+    """What the excursions of a trade that has ended are computed from."""
+
+    symbol: int
+    legs: list[Leg]
+    stop: int  # the bar after the last one that counts
+    exit_pnl: float
+
+
 class TradeBook:
     """Follows the ledger event by event and tells which trades are open and which have ended.
 
@@ -159,10 +168,11 @@ class TradeBook:
     `prices`; without them they are None.
     """
 
-    def __init__(self, lot_size: float, prices: PriceRange | None = None) -> None:
+    def __init__(self, lot_size: float, prices: PriceRange | None = None, *, ended: list[_Held] | None = None) -> None:
         self.open: dict[int, OpenTrade] = {}
         self._lot_size = lot_size
         self._prices = prices
+        self._ended = ended  # takes what the excursions of all trades together are computed from, later
 
     def apply(self, event: LedgerEvent) -> Trade | None:
         """Takes the next event in; the trade that it ends, if it ends one."""
@@ -190,8 +200,11 @@ class TradeBook:
         if self._prices is not None:
             exit_pnl = before + notional(held, self._lot_size, event.price)
             stop = event.bar + 1 if event.reason == "forced_close" else event.bar
-            low, high = self._excursions(trade, event.symbol, stop)
-            mae, mfe = min(low, exit_pnl), max(high, exit_pnl)
+            if self._ended is not None:
+                self._ended.append(_Held(event.symbol, trade.legs, stop, exit_pnl))
+            else:
+                low, high = self._excursions(trade, event.symbol, stop)
+                mae, mfe = min(low, exit_pnl), max(high, exit_pnl)
         return Trade(
             event.symbol,
             1 if held > 0 else -1,
@@ -230,8 +243,44 @@ class TradeBook:
 
 def trades_of(events: Iterable[LedgerEvent], lot_size: float, prices: PriceRange | None = None) -> list[Trade]:
     """All trades of a ledger that have ended, in the order in which they ended."""
-    book = TradeBook(lot_size, prices)
-    return [trade for event in events if (trade := book.apply(event)) is not None]
+    ended: list[_Held] = []
+    book = TradeBook(lot_size, prices, ended=ended)
+    trades = [trade for event in events if (trade := book.apply(event)) is not None]
+    if prices is None or not trades:
+        return trades
+    maes, mfes = _excursions(ended, lot_size, prices)
+    return [
+        msgspec.structs.replace(trade, mae=mae, mfe=mfe) for trade, mae, mfe in zip(trades, maes, mfes, strict=True)
+    ]
+
+
+def _excursions(trades: list[_Held], lot_size: float, prices: PriceRange) -> tuple[list[float], list[float]]:
+    """MAE and MFE of many trades, a column at a time: the same operations as one by one, and the same bits."""
+    import numpy as np
+
+    first = np.array([leg.bar for trade in trades for leg in trade.legs], np.int64)
+    lots = np.array([leg.lots for trade in trades for leg in trade.legs], np.float64)
+    flow = np.array([leg.flow for trade in trades for leg in trade.legs])
+    counts = np.array([len(trade.legs) for trade in trades])
+    starts = np.cumsum(counts) - counts
+    symbol = np.repeat([trade.symbol for trade in trades], counts)
+    stop = np.append(first[1:], 0)
+    stop[starts + counts - 1] = [trade.stop for trade in trades]
+    low, high = np.full(len(first), np.nan), np.full(len(first), np.nan)
+    for j in np.unique(symbol):
+        # The legs of one symbol follow each other in time, so their spans and what lies between alternate.
+        there = np.flatnonzero((symbol == j) & (first < stop))
+        if there.size:
+            edges = np.column_stack([first[there], stop[there]]).ravel()
+            edges = edges[:-1] if edges[-1] == len(prices.low) else edges
+            low[there] = np.fmin.reduceat(prices.low[:, j], edges)[::2]
+            high[there] = np.fmax.reduceat(prices.high[:, j], edges)[::2]
+    at_low, at_high = flow + lots * lot_size * low, flow + lots * lot_size * high
+    known = low <= high  # else the symbol has no bar there
+    least = np.minimum.reduceat(np.where(known, np.minimum(at_low, at_high), np.inf), starts)
+    most = np.maximum.reduceat(np.where(known, np.maximum(at_low, at_high), -np.inf), starts)
+    exit_pnl = np.array([trade.exit_pnl for trade in trades])
+    return np.minimum(least, exit_pnl).tolist(), np.maximum(most, exit_pnl).tolist()
 
 
 class LedgerDigest:

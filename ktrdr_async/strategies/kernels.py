@@ -75,7 +75,7 @@ def sma(column: Floats, n: int, part: Floats, other: Floats, means: Floats, out:
     while start < len(column):
         count = min(PIECE, len(column) - start)
         _sums(column, start, count, n, n, part, other, means, means)
-        _to_means(column, start, count, n, means)
+        _to_means(column, start, count, n, _equal_pairs(column, start, count, n), means)
         for i in range(count):
             out[start + i] = means[i]
         start += count
@@ -100,8 +100,9 @@ def cross(
     while start < len(column):
         count = min(PIECE, len(column) - start)
         _sums(column, start, count, slow, fast, part, other, slows, fasts)
-        _to_means(column, start, count, fast, fasts)
-        _to_means(column, start, count, slow, slows)
+        pairs = _equal_pairs(column, start, count, slow)
+        _to_means(column, start, count, fast, pairs, fasts)
+        _to_means(column, start, count, slow, pairs, slows)
         for i in range(count):
             if fasts[i] > slows[i]:
                 if position != 1:
@@ -118,16 +119,22 @@ def cross(
     return found
 
 
-def _to_means(column: Floats, start: int, count: int, n: int, total: Floats) -> None:
-    """Turns sums of n values into their means; n equal values have exactly that mean."""
-    for i in range(count):
-        total[i] = total[i] / n
+def _equal_pairs(column: Floats, start: int, count: int, n: int) -> int:
+    """How many values equal the one before them, in the windows of n values that end at bars start..start+count-1."""
     window = column[start - n + 1 : start + count]
     pairs = 0
     for i in range(count + n - 2):
         pairs += window[i + 1] == window[i]
+    return pairs
+
+
+def _to_means(column: Floats, start: int, count: int, n: int, pairs: int, total: Floats) -> None:
+    """Turns sums of n values into their means; n equal values have exactly that mean."""
+    for i in range(count):
+        total[i] = total[i] / n
     if pairs < n - 1:
         return
+    window = column[start - n + 1 : start + count]
     run = 1
     if n == 1:
         total[0] = window[0]

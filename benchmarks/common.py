@@ -104,8 +104,8 @@ def medians(jobs: Mapping[Key, Callable[[], float]], repeat: int) -> dict[Key, f
 
 
 def fresh(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs a fresh interpreter with this package on its path; what it printed, or an error with what it said."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    """Runs a fresh interpreter with this package and these scripts on its path. :raises RuntimeError: if it fails."""
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
     whole = {**os.environ, "PYTHONPATH": path, **(env or {})}
     done = subprocess.run([sys.executable, *arguments], env=whole, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -2,16 +2,17 @@
 
     python benchmarks/loop_lag.py [--operations 1 10 100 1000] [--seconds S] [--bars N] [--repeat R] [--uvloop] [--json]
 
-Beside each of them N operations run at once for S seconds through one `BacktestWorker`, with saves into an embedded
-PostgreSQL, and then they are cancelled: `weights` in the compiled tier, `on_bar` in Python, and `slow`, a user's
-`on_bar` that computes for 3 ms. One that ends meanwhile is followed by another one. For comparison, the original design
-with the same engine, policy and statements: the engine in a thread (`asyncio.to_thread`, a loop of its own) whose saves
-go to the service's loop (`thread`), or are made in a new thread with a new loop and a new connection each
-(`thread_new_loop`). A thread can't be interrupted, so these look at a flag at each boundary.
+Beside each of them N operations run at once through one `BacktestWorker`, with saves into an embedded PostgreSQL, until
+S seconds after all have begun (5 S at most); then they are cancelled. `weights` is `sma_cross` in the compiled tier,
+`on_bar` the same rule in Python, `slow` that with 3 ms of computing a bar. A run that ends meanwhile is followed by
+another one. For comparison, the original design with the same engine, policy and statements: the engine in a thread
+(`asyncio.to_thread`, a loop of its own) whose saves go to the service's loop (`thread`), or are made in a new thread
+with a new loop and a new connection each (`thread_new_loop`); told to stop, they look at a flag at each boundary.
 
 Every tick and every request that was due counts, also those that were due while the loop was held. `part` says which:
 `bars`, while every operation is between its first and its last bar, or `all`, with reading, preparing, results and ends
 of the operations among them. Garbage collection is the host's own: what it took from a tick is taken off, and shown.
+`first on_bar` is what the first operations of a process cost, where modules are imported and probes made.
 All is in one process on one core, the server on any.
 """
 
@@ -21,6 +22,8 @@ import asyncio
 import gc
 import math
 import statistics
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -55,6 +58,7 @@ class Slow(Cross):
         super().on_bar(bar)
 
 
+FIRST = "first on_bar"
 JOBS: dict[str, Callable[[], Any]] = {"weights": lambda: kt.SmaCross(quantity=1.0), "on_bar": Cross, "slow": Slow}
 
 
@@ -87,20 +91,31 @@ class Collections:
 class Watch:
     """The service's own work, and how late it was."""
 
-    def __init__(self) -> None:
+    def __init__(self, operations: int) -> None:
         self.late: dict[tuple[str, str], list[float]] = {
             (what, part): [] for what in ("ticker", "handler") for part in ("bars", "all")
         }
         self.collections = Collections()
+        self.ended = self.failed = self.saves = 0  # runs, and what they saved
         self.outside = 0  # operations that aren't between their first and last bar
         self._changed = 0.0  # when that was last another number
+        self._lock = threading.Lock()  # of the two: threads count too
+        self._waited_for = operations  # runs that haven't come to a first boundary
         self._handlers: set[asyncio.Task[None]] = set()
         self._asked: asyncio.Queue[asyncio.Future[None]] = asyncio.Queue()
 
     def count(self, change: int) -> None:
         """One more, or one less, is outside its bars."""
-        self.outside += change
-        self._changed = clock()
+        with self._lock:
+            self.outside += change
+            self._changed = clock()
+
+    def begin(self) -> None:
+        """A run has come to its first boundary."""
+        with self._lock:
+            self._waited_for -= 1
+            if self._waited_for == 0:
+                self._all_begun()
 
     def take(self, what: str, due: float) -> None:
         """Something that was due has been done now."""
@@ -110,17 +125,35 @@ class Watch:
         if not self.outside and self._changed <= due:
             self.late[what, "bars"].append(late)
 
+    async def follow(self, one: Callable[[Watched], Awaitable[int]], bars: kt.Bars, stop: asyncio.Event) -> None:
+        """Runs one operation after another; `one` gives its number of saves."""
+        while not stop.is_set():
+            policy = Watched(self, len(bars))
+            self.count(1)
+            try:
+                self.saves += await one(policy)
+                self.ended += 1
+            except kt.KtrdrError as error:
+                self.failed += 1
+                print(f"an operation failed: {error}", file=sys.stderr)
+            policy.leave()
+            self.count(-1)
+
     @asynccontextmanager
     async def beside(self, seconds: float) -> AsyncIterator[asyncio.Event]:
-        """Ticks and handles beside what is done inside, which is told to stop after some seconds."""
-        stop = asyncio.Event()
+        """Ticks and handles beside what is done inside.
+
+        That is told to stop some seconds after all have begun, at the latest after five times as long.
+        """
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        self._all_begun = lambda: loop.call_soon_threadsafe(loop.call_later, seconds, stop.set)
         gc.callbacks.append(self.collections)
         due = [
             asyncio.create_task(self._every(TICK, lambda due: self.take("ticker", due))),
             asyncio.create_task(self._every(REQUEST, self._ask)),
         ]
         answering = asyncio.create_task(self._answer())
-        ends = asyncio.get_running_loop().call_later(seconds, stop.set)
+        ends = loop.call_later(5 * seconds, stop.set)
         try:
             yield stop
         finally:
@@ -171,6 +204,7 @@ class Watched(kt.CheckpointPolicy):
         if not self._inside:
             self._inside = True
             self._watch.count(-1)
+            self._watch.begin()
         if bar_index == self._last:
             self.leave()
         return super().should_checkpoint(bar_index, force)
@@ -185,26 +219,21 @@ class Watched(kt.CheckpointPolicy):
         return self  # the worker copies policies, as one may be given to many operations
 
 
-async def ours(job: str, operations: int, bars: kt.Bars, watch: Watch, seconds: float) -> int:
+async def ours(job: str, operations: int, bars: kt.Bars, watch: Watch, seconds: float) -> None:
     """Through a worker."""
-    saves = 0
     handles: set[Any] = set()
     async with kt.BacktestWorker.open() as worker, watch.beside(seconds) as stop:
 
-        async def slot() -> None:
-            nonlocal saves
-            while not stop.is_set():
-                policy = Watched(watch, len(bars))
-                watch.count(1)
-                handle = worker.start(REQUESTED, bars=bars, strategy=JOBS[job](), policy=policy)
-                handles.add(handle)
-                try:
-                    await handle.result()
-                except kt.CancellationError:
-                    policy.leave()
+        async def one(policy: Watched) -> int:
+            handle = worker.start(REQUESTED, bars=bars, strategy=JOBS[job](), policy=policy)
+            handles.add(handle)
+            try:
+                await handle.result()
+            except kt.CancellationError:
+                pass
+            finally:
                 handles.discard(handle)
-                watch.count(-1)
-                saves += handle.statistics.checkpoints_saved
+            return handle.statistics.checkpoints_saved
 
         async def end() -> None:
             await stop.wait()
@@ -212,57 +241,49 @@ async def ours(job: str, operations: int, bars: kt.Bars, watch: Watch, seconds: 
 
         async with asyncio.TaskGroup() as group:
             for _ in range(operations):
-                group.create_task(slot())
+                group.create_task(watch.follow(one, bars, stop))
             group.create_task(end())
-    return saves
 
 
-Load = Callable[[str, int, kt.Bars, Watch, float], Awaitable[int]]  # for some seconds; how many saves
+Load = Callable[[str, int, kt.Bars, Watch, float], Awaitable[None]]  # runs for some seconds
 
 
 def original(where: dict[str, Any], *, anew: bool) -> Load:
     """In threads."""
 
-    async def load(job: str, operations: int, bars: kt.Bars, watch: Watch, seconds: float) -> int:
-        saves = 0
+    async def load(job: str, operations: int, bars: kt.Bars, watch: Watch, seconds: float) -> None:
+        few = asyncio.Semaphore(
+            4
+        )  # that begin or end at once: else hundreds wait for a connection until it is too late
         async with Database.open() as database, watch.beside(seconds) as stop:
-            service_of_rows = OperationsService(database)
+            rows = OperationsService(database)
 
-            async def slot() -> None:
-                nonlocal saves
-                while not stop.is_set():
-                    policy = Watched(watch, len(bars))
-                    watch.count(1)
-                    row = await service_of_rows.create(None, REQUESTED.to_dict())
-                    claim = await service_of_rows.claim(row.operation_id, owner=Owner.this_process())
-                    service = kt.CheckpointService(database, claim)
-                    engine = BacktestingEngine(REQUESTED, bars, JOBS[job]())
-                    save = (
-                        NewLoop(database, service, claim, where)
-                        if anew
-                        else ToLoop(service, claim, asyncio.get_running_loop())
-                    )
-                    results = await asyncio.to_thread(run_in_thread, engine, service, policy, save, stop)
-                    policy.leave()
-                    ended = {} if results is None else {"result": {}, "result_digest": results.digest}
+            async def one(policy: Watched) -> int:
+                async with few:
+                    named = (await rows.create(None, REQUESTED.to_dict())).operation_id
+                    claim = await rows.claim(named, owner=Owner.this_process())
+                service = kt.CheckpointService(database, claim)
+                engine = BacktestingEngine(REQUESTED, bars, JOBS[job]())
+                loop = asyncio.get_running_loop()
+                save = NewLoop(database, service, claim, where) if anew else ToLoop(service, claim, loop)
+                results = await asyncio.to_thread(run_in_thread, engine, service, policy, save, stop)
+                ended = {} if results is None else {"result": {}, "result_digest": results.digest}
+                async with few:
                     status = Status.CANCELLED if results is None else Status.COMPLETED
                     await service.finish(status, state=None, **ended)
-                    watch.count(-1)
-                    saves += service.acknowledged.revision
+                return service.acknowledged.revision
 
             async with asyncio.TaskGroup() as group:
                 for _ in range(operations):
-                    group.create_task(slot())
-        return saves
+                    group.create_task(watch.follow(one, bars, stop))
 
     return load
 
 
-async def nothing(job: str, operations: int, bars: kt.Bars, watch: Watch, seconds: float) -> int:
+async def nothing(job: str, operations: int, bars: kt.Bars, watch: Watch, seconds: float) -> None:
     """The loop alone."""
     async with watch.beside(seconds):
         await asyncio.sleep(seconds)
-    return 0
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -271,13 +292,16 @@ def percentile(values: list[float], share: float) -> float:
 
 
 async def measure(load: Load, job: str, operations: int, bars: kt.Bars, seconds: float) -> list[Row]:
-    watch = Watch()
-    saves = await load(job, operations, bars, watch, seconds)
-    collections = {"gc_seconds": watch.collections.seconds, "gc_max_ms": 1e3 * watch.collections.longest}
+    watch = Watch(operations)
+    await load(job, operations, bars, watch, seconds)
+    common = {
+        "ended": watch.ended, "failed": watch.failed, "saves": watch.saves,
+        "gc_seconds": watch.collections.seconds, "gc_max_ms": 1e3 * watch.collections.longest,
+    }  # fmt: skip
     return [
         {
             "what": what, "part": part, "count": len(late), "p50_ms": 1e3 * percentile(late, 0.5),
-            "p99_ms": 1e3 * percentile(late, 0.99), "max_ms": 1e3 * max(late), "saves": saves, **collections,
+            "p99_ms": 1e3 * percentile(late, 0.99), "max_ms": 1e3 * max(late), **common,
         }
         for (what, part), late in watch.late.items()
         if len(late) >= (FEWEST if part == "bars" else 1)
@@ -291,7 +315,7 @@ def together(found: list[Row]) -> Row:
         row[key] = statistics.median(each[key] for each in found)
     for key in ("max_ms", "gc_max_ms"):
         row[key] = max(each[key] for each in found)
-    for key in ("count", "saves"):
+    for key in ("count", "ended", "failed", "saves"):
         row[key] = sum(each[key] for each in found)
     return row
 
@@ -324,6 +348,8 @@ def main() -> None:
             "thread": original(where, anew=False),
             "thread_new_loop": original(where, anew=True),
         }
+        few = kt.Bars.read("synthetic:?bars=20000&seed=7&timeframe=1h")
+        cases["ktrdr_async", FIRST, 1] = [runner(measure(ours, "on_bar", 1, few, 1.0))]
         for _ in range(given.repeat):
             cases.setdefault(("no load", "-", 0), []).append(
                 runner(measure(nothing, "", 0, kt.Bars.read("synthetic:?bars=100"), given.seconds))
@@ -357,6 +383,8 @@ def main() -> None:
             Column("max_ms", "max ms", ".2f"),
             Column("budget", "budget"),
             Column("count", "count", ","),
+            Column("ended", "runs", ","),
+            Column("failed", "failed", ","),
             Column("saves", "saves", ","),
             Column("gc_max_ms", "gc max ms", ".1f"),
         ],

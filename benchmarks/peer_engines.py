@@ -53,21 +53,23 @@ class Outcome(NamedTuple):
 
 
 class Engine:
-    """One engine at one job: `__init__` imports it and makes its container, `run` is what is timed."""
+    """One engine at one job: `__init__` imports it and makes its container, `timed` runs it."""
 
     def __init__(self, market: Market, job: str) -> None:
-        self.market = market
+        raise NotImplementedError
 
     def run(self) -> Any:
+        """All that is timed."""
         raise NotImplementedError
+
+    def timed(self) -> tuple[float, Any]:
+        """Seconds, and what `outcome` takes."""
+        started = time.perf_counter()
+        ran = self.run()
+        return time.perf_counter() - started, ran
 
     def outcome(self, ran: Any) -> Outcome:
         raise NotImplementedError
-
-    def seconds(self) -> float:
-        started = time.perf_counter()
-        self.run()
-        return time.perf_counter() - started
 
 
 def our_strategy(job: str) -> Any:
@@ -98,23 +100,11 @@ class Ours(Engine):
         results = await kt.backtest(self.bars, strategy, **TERMS)
         return time.perf_counter() - started, results
 
-    def seconds(self) -> float:
-        return self.runner.run(self._timed())[0]
-
-    def run(self) -> kt.BacktestResults:
-        return self.runner.run(self._timed())[1]
+    def timed(self) -> tuple[float, kt.BacktestResults]:
+        return self.runner.run(self._timed())
 
     def outcome(self, ran: kt.BacktestResults) -> Outcome:
         return Outcome([(e.bar, float(e.lots), e.price) for e in ran.ledger], ran.final_equity, len(ran.equity))
-
-
-class OursAlone(Ours):
-    """A script's way: it may load the compiled tier where that pays."""
-
-    def run(self) -> kt.BacktestResults:
-        import ktrdr_async as kt
-
-        return kt.backtest_sync(self.bars, our_strategy(self.job), **TERMS)
 
 
 class Vectorbt(Engine):
@@ -319,10 +309,9 @@ class Nautilus(Engine):
                 if not self.slow.initialized:
                     return
                 fast, slow = self.fast.value, self.slow.value
-                if fast > slow and not self.held:
-                    self.submit_order(self.order_factory.market(self.instrument.id, OrderSide.BUY, self.one))
-                elif fast < slow and self.held:
-                    self.submit_order(self.order_factory.market(self.instrument.id, OrderSide.SELL, self.one))
+                if (fast > slow and not self.held) or (fast < slow and self.held):
+                    side = OrderSide.SELL if self.held else OrderSide.BUY
+                    self.submit_order(self.order_factory.market(self.instrument.id, side, self.one))
 
             def on_order_filled(self, event: Any) -> None:
                 units = 1 if event.order_side == OrderSide.BUY else -1
@@ -366,13 +355,7 @@ class Nautilus(Engine):
         engine.add_strategy(strategy := self.strategy(self.instrument, self.bar_type))
         return engine, strategy
 
-    def run(self) -> Any:
-        return self._run()[1]
-
-    def seconds(self) -> float:
-        return self._run()[0]
-
-    def _run(self) -> tuple[float, Any]:
+    def timed(self) -> tuple[float, Any]:
         engine, strategy = self._made()
         started = time.perf_counter()
         engine.run()
@@ -401,8 +384,12 @@ def main() -> None:
     name, job, path = sys.argv[1:]
     with np.load(path) as arrays:
         market = Market(**arrays)
-    made = OursAlone if name == US else ENGINES[name]
-    made(market, job).run()
+    if name != US:
+        ENGINES[name](market, job).timed()
+        return
+    import ktrdr_async as kt
+
+    kt.backtest_sync(our_bars(market), our_strategy(job), **TERMS)  # a script's way: it picks its tier by itself
 
 
 if __name__ == "__main__":

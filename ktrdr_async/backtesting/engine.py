@@ -352,7 +352,7 @@ class BacktestingEngine:
                         deadline = turn.deadline
                 at += 1
         except BaseException as error:
-            at = bar.index
+            at = max(first, bar.index)  # the loop may have gone past it
             bar._decisions.clear()
             bar._recorded.clear()
             bar._said = False

@@ -176,7 +176,6 @@ def _fill(
     if book.lots[symbol] == 0:
         book.tally[TRADES] += 1
     at = fills.count[0]
-    fills.count[0] = at + 1
     fills.bar[at] = bar
     fills.symbol[at] = symbol
     fills.lots[at] = lots
@@ -187,6 +186,7 @@ def _fill(
     fills.part[at] = part
     fills.reason[at] = reason
     fills.tag[at] = tag
+    fills.count[0] = at + 1  # last, so that what was interrupted here isn't half a fill
 
 
 def _free(book: Book, terms: Terms, k: int, opens: Floats, row: int) -> float:

@@ -300,7 +300,7 @@ class LedgerDigest:
         """The digest of the first `count` events. :raises ValueError: if more than `count` were taken in already."""
         if count < self.count:
             raise ValueError(f"the digest stands at event {self.count}, it can't go back to {count}")
-        pack = self._record.pack
+        pack, found = self._record.pack, self._hash.copy()
         for e in events[self.count : count]:
             head = pack(
                 e.bar,
@@ -315,6 +315,6 @@ class LedgerDigest:
             )
             tag = b"" if e.tag is None else e.tag.encode()
             length = 0 if e.tag is None else len(tag) + 1
-            self._hash.update(head + length.to_bytes(4, "little") + tag)
-        self.count = count
-        return self._hash.copy().digest()
+            found.update(head + length.to_bytes(4, "little") + tag)
+        self.count, self._hash = count, found  # together: what is interrupted before has changed nothing
+        return found.copy().digest()

@@ -375,10 +375,12 @@ class Portfolio:
         for number in book.waiting_tag:
             found.update(_text(None if number < 0 else self.tags[number]))
         found.update(self._ledger_digest.advance(self.events, boundary.events))
+        recorded = self._recorded_hash.copy()
         for bar, name, value in self.recorded[self._recorded_hashed : boundary.recorded]:
-            self._recorded_hash.update(struct.pack("<q", bar) + _text(name) + struct.pack("<d", value))
-        self._recorded_hashed = max(self._recorded_hashed, boundary.recorded)
-        found.update(self._recorded_hash.copy().digest())
+            recorded.update(struct.pack("<q", bar) + _text(name) + struct.pack("<d", value))
+        hashed = max(self._recorded_hashed, boundary.recorded)
+        self._recorded_hash, self._recorded_hashed = recorded, hashed  # together, as an interruption may come
+        found.update(recorded.copy().digest())
         state = boundary.strategy_state
         found.update(b"\0" if state is None else b"\1" + state)
         return found.hexdigest()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from ktrdr_async.backtesting.results import BacktestResults
 
@@ -21,10 +23,15 @@ def number(value: float | None, places: int = 2) -> str:
     return "-" if value is None else f"{value:,.{places}f}"
 
 
+def minute_of(timestamp: int) -> str:
+    """Nanoseconds since the epoch as a UTC minute; without pandas, whose import takes longer than a run."""
+    return str(np.datetime64(timestamp, "ns").astype("datetime64[m]")).replace("T", " ")
+
+
 def rows_of(results: BacktestResults) -> list[tuple[str, str]]:
     """The summary's rows: what it is, and its value as text."""
     m, counters, bars = results.metrics, results.counters, results.bars
-    first, last = (str(results._times([i])[0])[:16] for i in (0, len(bars) - 1))
+    first, last = (minute_of(int(bars.timestamps[at])) for at in (0, -1))
     zero = sum(counters.zero_lots)
     late = results.run.lag_text()
     names = ", ".join(bars.symbols[:6]) + (" ..." if len(bars.symbols) > 6 else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import math
 import platform
 from collections.abc import Iterator
@@ -49,18 +50,23 @@ class Manifest(msgspec.Struct, frozen=True):
 @functools.cache
 def environment() -> MappingProxyType[str, str]:
     """What is recorded and never compared: versions, machine, system."""
-    import numpy
-    import pandas
-
     return MappingProxyType(
         {
             "python": platform.python_version(),
-            "numpy": numpy.__version__,
-            "pandas": pandas.__version__,
+            "numpy": _version_of("numpy"),
+            "pandas": _version_of("pandas"),
             "machine": platform.machine(),
             "system": f"{platform.system()} {platform.release()}",
         }
     )
+
+
+def _version_of(package: str) -> str:
+    # Not by importing it: pandas takes 0.3 s, in which a running loop stands.
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 @functools.cache

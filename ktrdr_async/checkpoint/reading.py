@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
-import anyio.lowlevel
 import msgspec
 
 from ktrdr_async.backtesting.ledger import Trade, TradeBook
@@ -18,6 +18,7 @@ from ktrdr_async.checkpoint.codec import (
     decode_head,
     head_digest,
 )
+from ktrdr_async.checkpoint.pieces import in_pieces
 from ktrdr_async.checkpoint.position import LoadedLedger, Position
 from ktrdr_async.checkpoint.schemas import BacktestCheckpointState
 from ktrdr_async.errors import CheckpointCorruptedError, OperationNotFoundError
@@ -135,8 +136,7 @@ async def _take(operation_id: str, chain: Chain, row: Any) -> None:
         _corrupted(operation_id, f"segment {sequence} doesn't continue the digest of the one before it")
     work = SegmentWork(operation_id, sequence, start, chain.tip)
     try:
-        for _ in work.decode(row["records"]):
-            await anyio.lowlevel.checkpoint()
+        await in_pieces(work.decode(row["records"]))
     except (ValueError, RecursionError, msgspec.DecodeError) as error:
         _corrupted(operation_id, f"segment {sequence} can't be read: {error}")
     stop = Counts(row["ledger_to"], row["samples_to"], row["recorded_to"])
@@ -166,11 +166,14 @@ def _compare(operation_id: str, row: Any, chain: Chain, counts: Counts) -> None:
 async def _trades(state: BacktestCheckpointState) -> list[Trade]:
     book = TradeBook(float(state.original_request.get("lot_size", 1.0)))
     trades: list[Trade] = []
-    for first in range(0, len(state.ledger), PIECE):
-        trades.extend(
-            trade for event in state.ledger[first : first + PIECE] if (trade := book.apply(event)) is not None
-        )
-        await anyio.lowlevel.checkpoint()
+
+    def follow() -> Iterator[None]:
+        for first in range(0, len(state.ledger), PIECE):
+            ended = map(book.apply, state.ledger[first : first + PIECE])
+            trades.extend(trade for trade in ended if trade is not None)
+            yield None
+
+    await in_pieces(follow())
     return trades
 
 

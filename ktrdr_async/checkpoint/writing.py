@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import anyio.lowlevel
 import asyncpg
 
 from ktrdr_async.checkpoint.codec import (
@@ -21,6 +20,7 @@ from ktrdr_async.checkpoint.codec import (
     head_digest,
     segment_rows,
 )
+from ktrdr_async.checkpoint.pieces import in_pieces, one_piece
 from ktrdr_async.checkpoint.position import Position, Write
 from ktrdr_async.checkpoint.schemas import SEGMENT_LIMIT, BacktestCheckpointState, CheckpointType
 from ktrdr_async.errors import (
@@ -48,8 +48,8 @@ async def build_save(claim: Claim, position: Position, state: BacktestCheckpoint
     Raises:
         CheckpointError: if it doesn't continue what was acknowledged, or can't be stored.
     """
-    segments, after = await _encode_segments(claim.operation_id, position, state)
-    head, after = _encode_head(claim.operation_id, after, state, kind)
+    segments, grown = await _encode_segments(claim.operation_id, position, state)
+    head, after = await one_piece(lambda: _encode_head(claim.operation_id, grown, state, kind))
     query = "save_checkpoint" if position.revision else "save_first_checkpoint"
     arguments = (*_head_arguments(head, after, kind), *segment_rows(segments))
     return _write(query, claim, (position, after), arguments, (head.state,), segments)
@@ -68,7 +68,7 @@ async def build_completion(
     after = position
     if state is not None:
         segments, after = await _encode_segments(claim.operation_id, position, state)
-    text = to_json(result)
+    text = await one_piece(lambda: to_json(result))
     arguments = (*segment_rows(segments), text, result_digest, after.segments, after.tip)
     ending = {"status": Status.COMPLETED, "result_digest": result_digest}
     return _write("finish_completed", claim, (position, after), arguments, (text,), segments, **ending)
@@ -92,8 +92,8 @@ async def build_ending(
     if state is None:
         alone = (claim.operation_id, claim.epoch, claim.token, status.value, text)
         return Write(HEADLESS, alone, position, position, len(text or ""), 0, status)
-    segments, after = await _encode_segments(claim.operation_id, position, state)
-    head, after = _encode_head(claim.operation_id, after, state, kind)
+    segments, grown = await _encode_segments(claim.operation_id, position, state)
+    head, after = await one_piece(lambda: _encode_head(claim.operation_id, grown, state, kind))
     query = "finish_with_checkpoint" if position.revision else "finish_with_first_checkpoint"
     arguments = (*_head_arguments(head, after, kind), *segment_rows(segments), status.value, text)
     return _write(query, claim, (position, after), arguments, (head.state, text or ""), segments, status=status)
@@ -157,11 +157,7 @@ async def _encode_segments(
         stop = first + SEGMENT_LIMIT
         work = SegmentWork(operation_id, sequence + 1, counts, tip)
         try:
-            for made in work.encode(ledger[first:stop], samples[first:stop], recorded[first:stop]):
-                if made is None:
-                    await anyio.lowlevel.checkpoint()
-                else:
-                    segments.append(made)
+            segments += await in_pieces(work.encode(ledger[first:stop], samples[first:stop], recorded[first:stop]))
         except InputError as error:
             _unstorable(operation_id, error)
         counts, tip, sequence = work.stop, segments[-1].digest, sequence + 1

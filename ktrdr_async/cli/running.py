@@ -17,14 +17,12 @@ from ktrdr_async.cli.progress import view_of
 from ktrdr_async.cli.tables import print_summary
 from ktrdr_async.errors import CancellationError, CheckpointError, OperationNotFoundError
 from ktrdr_async.operations.lifecycle import Operation, Status
-from ktrdr_async.supervision.stored import outcome_of
-from ktrdr_async.supervision.worker import BacktestWorker
 
 if TYPE_CHECKING:
     from ktrdr_async.cli.context import Context
     from ktrdr_async.cli.options import PaceOptions
     from ktrdr_async.supervision.mailbox import Progress
-    from ktrdr_async.supervision.worker import OperationHandle
+    from ktrdr_async.supervision.worker import BacktestWorker, OperationHandle
 
 LOOK_SECONDS = 5.0  # for reading how the operation stands after its end
 
@@ -163,6 +161,8 @@ class Runner:
         if row is not None:
             ended.status, ended.checkpoint_bar, ended.request = row.status.value, row.checkpoint_bar, row.request
             if row.status is Status.COMPLETED and row.result is not None and not isinstance(error, Exception):
+                from ktrdr_async.supervision.stored import outcome_of
+
                 ended.outcome = outcome_of(row)  # the signal came when all was done
                 ended.statistics = ended.outcome.run
                 return ended

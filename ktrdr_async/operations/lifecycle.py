@@ -17,7 +17,6 @@ from typing import Any, Literal
 from uuid import UUID
 
 import msgspec
-import psutil
 
 LEASE_SECONDS = (
     30.0  # without a heartbeat for so long, by the server's clock, an owner elsewhere has lost its operation
@@ -152,6 +151,8 @@ def _boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
+        import psutil  # where there is no /proc
+
         return f"booted {psutil.boot_time():.0f}"
 
 
@@ -175,6 +176,8 @@ def _started(pid: int) -> float | None:
     except OSError:
         if Path("/proc/self/stat").exists():
             return None
+    import psutil
+
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()

@@ -30,6 +30,7 @@ from ktrdr_async.operations.lifecycle import Claim, Operation, Status
 from ktrdr_async.supervision.descent import Descent, Start, start_of
 from ktrdr_async.supervision.endings import SETTLED, End, Endings, resume_hint
 from ktrdr_async.supervision.heart import Running
+from ktrdr_async.supervision.isolation import Elsewhere, Isolate
 from ktrdr_async.supervision.jobs import Job, Permissions, resolve
 from ktrdr_async.supervision.mailbox import Ending, Mailbox, Progress
 from ktrdr_async.supervision.shielding import finish
@@ -60,6 +61,7 @@ class Plan(msgspec.Struct, kw_only=True):
     take_over: bool = False
     accept_mismatch: bool = False  # go on although data, code or numbers differ, and remember it
     keep_state: bool = False
+    isolate: Isolate | None = None
     descent: Descent | None = None
 
 
@@ -215,6 +217,8 @@ class Actor:
                 return None, row
             request = BacktestRequest.from_dict(row.request)
         job = await resolve(request, plan.bars, plan.strategy, plan.permissions)
+        if plan.isolate is not None:
+            self._turn.elsewhere = Elsewhere(job.strategy)
         return job, row or await self._create(job.request)
 
     async def _create(self, request: BacktestRequest) -> Operation:

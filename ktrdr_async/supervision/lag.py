@@ -48,7 +48,11 @@ class LoopLag:
     def watch(self) -> Watch:
         """Begins to look; `end` it."""
         self._watches += 1
-        if self._timer is None:
+        if self._timer is None or self._ticks > 1:  # something begins: it is looked at closely
+            if self._overdue() > 0:
+                self._count()
+            if self._timer is not None:
+                self._timer.cancel()
             self._wait(1)
         return Watch(self)
 
@@ -59,8 +63,11 @@ class LoopLag:
         self._timer = asyncio.get_running_loop().call_later(seconds, self._tick)
 
     def _tick(self) -> None:
-        self._counts[_bucket(self._clock() - self._due)] += self._ticks
+        self._count()
         self._wait(1 if self._busy() else IDLE_TICKS)
+
+    def _count(self) -> None:
+        self._counts[_bucket(self._clock() - self._due)] += self._ticks
 
     def _overdue(self) -> float:
         """Seconds by which the next tick is late already."""

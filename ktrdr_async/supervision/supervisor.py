@@ -150,7 +150,7 @@ class Supervisor:
             await self._turn.offload(lambda: prepare_manifests(self._engine))
             async with aclosing(self._engine.run(state, accept=start.accept)) as blocks:
                 strategy, named = self._engine.strategy, self.operation_id
-                async for block in watched(blocks, strategy, self.statistics, named, alone=self._alone):
+                async for block in watched(blocks, self._turn, strategy, self.statistics, named, alone=self._alone):
                     self._block = block
                     if self._told_to_end():  # and the strategy has swallowed it
                         raise asyncio.CancelledError

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TURN_SECONDS = 0.0005
+LONG_CALL_SECONDS = 0.05  # from which on a call of a strategy is said to hold the loop
 
 
 class Turns:
@@ -88,9 +89,10 @@ class OperationTurn:
     Attributes:
         elsewhere: computes in another process what a strategy computes over all bars; None: it is computed here.
         prepare_lag: ms, the largest lateness of the loop during that; None: it hasn't begun.
+        held: is told of turns that an engine has had for longer than `LONG_CALL_SECONDS`.
     """
 
-    __slots__ = ("_turns", "clock", "deadline", "elsewhere", "prepare_lag", "since")
+    __slots__ = ("_turns", "clock", "deadline", "elsewhere", "held", "prepare_lag", "since")
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
@@ -99,6 +101,7 @@ class OperationTurn:
         self.since = 0.0
         self.elsewhere: Callable[[BacktestingEngine], Awaitable[Any]] | None = None
         self.prepare_lag: float | None = None
+        self.held: Callable[[float], None] | None = None
 
     @property
     def lag(self) -> LoopLag:
@@ -142,7 +145,13 @@ class OperationTurn:
             self._turns._release(self)
 
     async def pass_on(self) -> None:
-        """Lets everybody else have a turn, and returns when it is ours again."""
+        """Lets everybody else have a turn, and returns when it is ours again; for an engine, between two bars."""
+        if self.held is not None and (seconds := self.clock() - self.since) > LONG_CALL_SECONDS:
+            self.held(seconds)
+        await self.give_way()
+
+    async def give_way(self) -> None:
+        """As `pass_on`, for others than the engine."""
         self.leave()
         await self.enter()
 

@@ -31,6 +31,7 @@ from ktrdr_async.supervision.debts import Debts
 from ktrdr_async.supervision.descent import EXTENSION, FORK, descend
 from ktrdr_async.supervision.handle import OperationHandle as OperationHandle
 from ktrdr_async.supervision.heart import Heart, LastLine, Running
+from ktrdr_async.supervision.isolation import Isolate, checked_isolate
 from ktrdr_async.supervision.jobs import Permissions
 from ktrdr_async.supervision.mailbox import Ending, Progress
 from ktrdr_async.supervision.shielding import finish_or_raise, in_thread, until_done
@@ -60,6 +61,7 @@ class RunOptions(TypedDict, total=False):
     policy: CheckpointPolicy | None  # when to checkpoint; None: the default policy
     throttle: float | None  # bars a second at most
     keep_state: bool  # store the state before the closing step with the result, so that it can be extended
+    isolate: Isolate | None  # "process": `prepare`, or the targets, are computed in another process
 
 
 class ResumeOptions(RunOptions, total=False):
@@ -367,6 +369,7 @@ class BacktestWorker:
             raise InvalidTransitionError(operation_id, f"{operation_id} can't start: its worker is leaving")
         if plan.throttle is not None and not plan.throttle > 0:
             raise ParameterError(f"throttle is {plan.throttle}; it must be above 0 bars a second")
+        checked_isolate(plan.isolate)
         actor = Actor(self, operation_id, plan, self._turns.turn())
         self._actors[operation_id] = actor
         actor.task.add_done_callback(lambda _: self._forget(actor))

@@ -44,7 +44,6 @@ pytestmark = pytest.mark.anyio
 
 REQUEST = kt.BacktestRequest(initial_capital=50_000.0, seed=11)
 KINDS = (Busy, BusyAsync, Crossing)
-DIGESTS = {"state_digest", "advance", "_text"}  # nothing is awaited or called there that could raise
 PRODUCT = tuple(str(Path(kt.__file__).parent / room) for room in ("backtesting", "strategies", "checkpoint"))
 
 
@@ -295,7 +294,7 @@ class Steps:
         if self.place == "strategy":
             frame.f_trace_opcodes = ours = code.co_filename == __file__ and code.co_qualname.startswith("Awaited.")
         else:
-            ours = code.co_filename.startswith(PRODUCT) and code.co_name not in DIGESTS
+            ours = code.co_filename.startswith(PRODUCT)
         return self._step if ours else None
 
     def _step(self, frame: FrameType, event: str, _argument: object) -> Any:

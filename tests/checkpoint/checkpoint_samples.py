@@ -12,9 +12,10 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from ktrdr_async.backtesting.ledger import LedgerEvent
-from ktrdr_async.checkpoint import CheckpointService
 from ktrdr_async.checkpoint.schemas import BacktestCheckpointState, EquitySample, RecordedValue
-from ktrdr_async.operations import Claim, OperationsService, Owner
+from ktrdr_async.checkpoint.service import CheckpointService
+from ktrdr_async.operations.lifecycle import Claim, Owner
+from ktrdr_async.operations.service import OperationsService
 from ktrdr_async.storage.database import Database
 
 REQUEST = {"strategy": "sma_cross", "lot_size": 1.0, "seed": 0}

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 import ktrdr_async as kt
 from ktrdr_async.backtesting.checkpoint_builder import _spell, recorded_values
 from ktrdr_async.backtesting.ledger import REASONS, LedgerEvent
-from ktrdr_async.checkpoint import CheckpointService
 from ktrdr_async.checkpoint.schemas import (
     BacktestCheckpointState,
     CheckpointType,
@@ -33,8 +32,9 @@ from ktrdr_async.checkpoint.schemas import (
     RecordedValue,
     WaitingOrder,
 )
+from ktrdr_async.checkpoint.service import CheckpointService
 from ktrdr_async.errors import CheckpointError, UndeclaredStateError
-from ktrdr_async.operations import Status
+from ktrdr_async.operations.lifecycle import Status
 from ktrdr_async.storage.database import Database
 from ktrdr_async.strategies.state import check_state, decode_state, encode_state
 

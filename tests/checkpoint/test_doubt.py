@@ -22,15 +22,16 @@ from checkpoint_samples import (
     waiting_on_a_lock,
 )
 
-from ktrdr_async.checkpoint import CheckpointService
 from ktrdr_async.checkpoint.schemas import CheckpointType
+from ktrdr_async.checkpoint.service import CheckpointService
 from ktrdr_async.errors import (
     CheckpointConflictError,
     InvalidTransitionError,
     OwnershipLostError,
     SaveTimeoutError,
 )
-from ktrdr_async.operations import Claim, OperationsService, Owner, Status
+from ktrdr_async.operations.lifecycle import Claim, Owner, Status
+from ktrdr_async.operations.service import OperationsService
 from ktrdr_async.storage.database import Database
 
 pytestmark = pytest.mark.anyio

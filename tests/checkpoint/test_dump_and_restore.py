@@ -17,10 +17,11 @@ from campaigns import Figures, sized
 from checkpoint_samples import REQUEST, head_of, segments_of, state
 
 import ktrdr_async as kt
-from ktrdr_async.checkpoint import CheckpointService
 from ktrdr_async.checkpoint.schemas import CheckpointType
+from ktrdr_async.checkpoint.service import CheckpointService
 from ktrdr_async.errors import AlreadyClaimedError, OwnershipLostError
-from ktrdr_async.operations import Beat, Claim, OperationsService, Owner, Status
+from ktrdr_async.operations.lifecycle import Beat, Claim, Owner, Status
+from ktrdr_async.operations.service import OperationsService
 from ktrdr_async.storage.database import Database
 from ktrdr_async.storage.embedded import EmbeddedServer
 from ktrdr_async.storage.places import installation

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from checkpoint_samples import DIGEST, claimed, event, head_of, segments_of, state, waiting_on_a_lock
 
-from ktrdr_async.checkpoint import CheckpointService
 from ktrdr_async.checkpoint.schemas import CheckpointType
+from ktrdr_async.checkpoint.service import CheckpointService
 from ktrdr_async.errors import (
     CancellationError,
     CheckpointConflictError,
@@ -20,7 +20,7 @@ from ktrdr_async.errors import (
     OperationNotFoundError,
     OwnershipLostError,
 )
-from ktrdr_async.operations import Owner, Status
+from ktrdr_async.operations.lifecycle import Owner, Status
 from ktrdr_async.storage.database import Database
 
 pytestmark = pytest.mark.anyio

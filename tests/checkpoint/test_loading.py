@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from checkpoint_samples import DIGEST, claimed, event, state
 
-from ktrdr_async.checkpoint import CheckpointService, codec, reading
+from ktrdr_async.checkpoint import codec, reading
 from ktrdr_async.checkpoint.manifest import Manifest
 from ktrdr_async.checkpoint.schemas import (
     BacktestCheckpointState,
@@ -24,8 +24,10 @@ from ktrdr_async.checkpoint.schemas import (
     RecordedValue,
     WaitingOrder,
 )
+from ktrdr_async.checkpoint.service import CheckpointService
 from ktrdr_async.errors import CheckpointCorruptedError, OperationNotFoundError, SchemaVersionError
-from ktrdr_async.operations import OperationsService, Status
+from ktrdr_async.operations.lifecycle import Status
+from ktrdr_async.operations.service import OperationsService
 from ktrdr_async.storage.database import Database
 
 pytestmark = pytest.mark.anyio

@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 import ktrdr_async as kt
 from ktrdr_async.backtesting import checkpoint_builder
-from ktrdr_async.checkpoint import CheckpointService, schemas
+from ktrdr_async.checkpoint import schemas
 from ktrdr_async.checkpoint.schemas import SCHEMA_VERSION, BacktestCheckpointState, CheckpointType
+from ktrdr_async.checkpoint.service import CheckpointService
 from ktrdr_async.errors import SchemaVersionError
-from ktrdr_async.operations import Status
 from ktrdr_async.operations.jsonb import to_json
+from ktrdr_async.operations.lifecycle import Status
 from ktrdr_async.storage.database import Database
 from ktrdr_async.strategies.state import decode_state, encode_state
 

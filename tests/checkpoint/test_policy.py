@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ktrdr_async.checkpoint import CheckpointPolicy
+from ktrdr_async.checkpoint.policy import CheckpointPolicy
 from ktrdr_async.errors import ParameterError
 
 

@@ -9,9 +9,12 @@ import asyncpg
 import pytest
 from checkpoint_samples import REQUEST, claimed, event, head_of, segments_of, state, waiting_on_a_lock
 
-from ktrdr_async.checkpoint import CheckpointService
 from ktrdr_async.checkpoint import codec as codec_module
+from ktrdr_async.checkpoint.codec import PIECE
+from ktrdr_async.checkpoint.position import Position
 from ktrdr_async.checkpoint.schemas import SEGMENT_LIMIT, CheckpointType, RecordedValue
+from ktrdr_async.checkpoint.service import CheckpointService
+from ktrdr_async.checkpoint.writing import build_save
 from ktrdr_async.errors import (
     CancellationError,
     CheckpointConflictError,
@@ -21,8 +24,9 @@ from ktrdr_async.errors import (
     OperationNotFoundError,
     OwnershipLostError,
 )
-from ktrdr_async.operations import Claim, OperationsService, Owner, Status
 from ktrdr_async.operations import jsonb as jsonb_module
+from ktrdr_async.operations.lifecycle import Claim, Owner, Status
+from ktrdr_async.operations.service import OperationsService
 from ktrdr_async.storage.database import Database
 
 pytestmark = pytest.mark.anyio
@@ -367,3 +371,22 @@ async def test_another_schema_works(dsn: str) -> None:
         assert (await OperationsService(database).get("op")).status is Status.COMPLETED
         assert len((await service.load_ledger("op")).ledger) == 8
         assert await operations.list() == [await operations.get("op")]
+
+
+async def test_many_saves_at_once_are_encoded_a_piece_a_turn() -> None:
+    turns, saves = 0, 20
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    counting = asyncio.create_task(count())
+    made = [
+        build_save(Claim(f"op{n}", 1, uuid.uuid4()), Position(), state(99, 3 * PIECE), PERIODIC) for n in range(saves)
+    ]
+    await asyncio.gather(*made)
+    counting.cancel()
+    pieces = 3 * 3 + 1  # of ledger, samples and recorded values, and the head
+    assert turns >= pieces * saves

@@ -16,8 +16,8 @@ import asyncpg
 import msgspec
 
 from ktrdr_async.backtesting.ledger import LedgerEvent
-from ktrdr_async.checkpoint import CheckpointService
 from ktrdr_async.checkpoint.schemas import BacktestCheckpointState, EquitySample, RecordedValue
+from ktrdr_async.checkpoint.service import CheckpointService
 from ktrdr_async.errors import (
     CancellationError,
     CheckpointConflictError,
@@ -25,8 +25,8 @@ from ktrdr_async.errors import (
     OperationNotFoundError,
     OwnershipLostError,
 )
-from ktrdr_async.operations import Claim, OperationsService, Owner, Status
-from ktrdr_async.operations.lifecycle import TRANSITIONS, _started
+from ktrdr_async.operations.lifecycle import TRANSITIONS, Claim, Owner, Status, _started
+from ktrdr_async.operations.service import OperationsService
 from ktrdr_async.storage.database import Database
 from ktrdr_async.storage.embedded import EmbeddedServer
 

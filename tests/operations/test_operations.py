@@ -13,8 +13,8 @@ import asyncpg
 import msgspec
 import pytest
 
-from ktrdr_async.checkpoint import CheckpointService
 from ktrdr_async.checkpoint.schemas import BacktestCheckpointState, CheckpointType, RecordedValue
+from ktrdr_async.checkpoint.service import CheckpointService
 from ktrdr_async.errors import (
     AlreadyClaimedError,
     DatabaseError,
@@ -23,17 +23,9 @@ from ktrdr_async.errors import (
     OperationConflictError,
     OperationNotFoundError,
 )
-from ktrdr_async.operations import (
-    CHANNEL,
-    Beat,
-    Claim,
-    OperationsService,
-    Owner,
-    Parent,
-    Status,
-    is_alive,
-)
 from ktrdr_async.operations import service as service_module
+from ktrdr_async.operations.lifecycle import CHANNEL, Beat, Claim, Owner, Parent, Status, is_alive
+from ktrdr_async.operations.service import OperationsService
 from ktrdr_async.storage.database import Database
 
 pytestmark = pytest.mark.anyio

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncpg
 import pytest
 
-from ktrdr_async.operations import ENDINGS, TRANSITIONS, Status
+from ktrdr_async.operations.lifecycle import ENDINGS, TRANSITIONS, Status
 from ktrdr_async.storage.database import Database
 
 pytestmark = pytest.mark.anyio

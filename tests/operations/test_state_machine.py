@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from operation_model import LEASE, STANDING, Expected, Ground, Session, T, check, verdict
 
-from ktrdr_async.checkpoint import CheckpointService
 from ktrdr_async.checkpoint.schemas import BacktestCheckpointState, CheckpointType
+from ktrdr_async.checkpoint.service import CheckpointService
 from ktrdr_async.errors import (
     AlreadyClaimedError,
     CancellationError,
@@ -27,8 +27,8 @@ from ktrdr_async.errors import (
     KtrdrError,
     OperationNotFoundError,
 )
-from ktrdr_async.operations import Beat, Claim, Status
 from ktrdr_async.operations import service as service_module
+from ktrdr_async.operations.lifecycle import Beat, Claim, Status
 from ktrdr_async.storage.embedded import EmbeddedServer
 
 NAMES = st.sampled_from("abc")

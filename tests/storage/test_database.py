@@ -19,8 +19,8 @@ from homes import seed
 from storage_processes import kill_server, postmasters
 
 from ktrdr_async.errors import DatabaseError, InputError
-from ktrdr_async.storage import Database, EmbeddedServer, is_transient
-from ktrdr_async.storage.database import DATABASE_VARIABLE, label_of
+from ktrdr_async.storage.database import DATABASE_VARIABLE, Database, is_transient, label_of
+from ktrdr_async.storage.embedded import EmbeddedServer
 from ktrdr_async.storage.places import HOME_VARIABLE
 
 pytestmark = pytest.mark.anyio

@@ -11,7 +11,7 @@ import pytest
 from storage_processes import OPEN_DATABASE, child
 
 from ktrdr_async.errors import DatabaseError, InputError, SchemaVersionError
-from ktrdr_async.storage import Database
+from ktrdr_async.storage.database import Database
 from ktrdr_async.storage.migrations import load_migrations
 from ktrdr_async.storage.queries import load_queries, parse_queries, sql_directory, with_schema
 

@@ -17,10 +17,11 @@ import asyncpg
 from supervision_runs import until
 
 from ktrdr_async.backtesting.ledger import LedgerEvent
-from ktrdr_async.checkpoint import CheckpointService
 from ktrdr_async.checkpoint.position import Position
 from ktrdr_async.checkpoint.schemas import BacktestCheckpointState, EquitySample
-from ktrdr_async.operations import Claim, OperationsService
+from ktrdr_async.checkpoint.service import CheckpointService
+from ktrdr_async.operations.lifecycle import Claim
+from ktrdr_async.operations.service import OperationsService
 from ktrdr_async.storage.database import Database
 
 UP, DOWN = "to the server", "from the server"

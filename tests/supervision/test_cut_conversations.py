@@ -27,10 +27,11 @@ from supervision_runs import (
     until,
 )
 
-from ktrdr_async.checkpoint import CheckpointService
 from ktrdr_async.checkpoint.position import Position
 from ktrdr_async.checkpoint.schemas import BacktestCheckpointState, CheckpointType
-from ktrdr_async.operations import Claim, OperationsService, Owner, Status
+from ktrdr_async.checkpoint.service import CheckpointService
+from ktrdr_async.operations.lifecycle import Claim, Owner, Status
+from ktrdr_async.operations.service import OperationsService
 from ktrdr_async.storage.database import Database
 from ktrdr_async.storage.embedded import EmbeddedServer
 from ktrdr_async.supervision.worker import BacktestWorker
@@ -141,7 +142,7 @@ class Trials:
         edges = [(way, byte) for way, said in self.said.items() for byte in (0, said, answered[way])]
         answer = [(DOWN, byte) for byte in range(answered[DOWN] - 32, answered[DOWN])]
         chance = random.Random(f"{self.seed} {self.name}")
-        half = (most - len(edges)) // 2
+        half = min((most - len(edges)) // 2, len(answer))
         return edges + chance.sample(answer, half) + chance.sample(everywhere, most - len(edges) - half)
 
     def saw(self, lane: Lane, place: tuple[str, int], rows: str) -> None:

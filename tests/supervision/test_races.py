@@ -34,7 +34,7 @@ from supervision_runs import (
 from supervision_storms import proxied
 
 import ktrdr_async as kt
-from ktrdr_async.checkpoint import CheckpointService
+from ktrdr_async.checkpoint.service import CheckpointService
 from ktrdr_async.operations.lifecycle import Owner
 from ktrdr_async.supervision.worker import BacktestWorker
 

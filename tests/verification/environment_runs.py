@@ -24,7 +24,8 @@ import ktrdr_async as kt
 from ktrdr_async.checkpoint.manifest import environment
 from ktrdr_async.checkpoint.schemas import CheckpointType
 from ktrdr_async.market.synthetic import synthetic
-from ktrdr_async.operations import OperationsService, Owner
+from ktrdr_async.operations.lifecycle import Owner
+from ktrdr_async.operations.service import OperationsService
 from ktrdr_async.storage.database import Database
 from ktrdr_async.strategies import AnyStrategy, registry
 

@@ -100,6 +100,7 @@ class Watch:
         self.outside = 0  # operations that aren't between their first and last bar
         self._changed = 0.0  # when that was last another number
         self._lock = threading.Lock()  # of the two: threads count too
+        self.operations = operations
         self._waited_for = operations  # runs that haven't come to a first boundary
         self._handlers: set[asyncio.Task[None]] = set()
         self._asked: asyncio.Queue[asyncio.Future[None]] = asyncio.Queue()
@@ -197,7 +198,7 @@ class Watched(kt.CheckpointPolicy):
     __slots__ = ("_inside", "_last", "_watch")
 
     def __init__(self, watch: Watch, bars: int) -> None:
-        super().__init__(unit_interval=1_000, max_overhead=0.2)
+        super().__init__(unit_interval=max(100, min(1_000, 100_000 // max(1, watch.operations))), max_overhead=0.2)
         self._watch, self._last, self._inside = watch, bars - 1, False
 
     def should_checkpoint(self, bar_index: int, force: bool = False) -> bool:

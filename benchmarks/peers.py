@@ -21,12 +21,13 @@ Fair or void:
 - bt fills at the price that it also decides at. It is given opens as prices and the decisions of the bar before, so
   its fills are ours; its equity is at opens. nautilus_trader would fill at the close that was decided at: it is given
   each open as a quote after the bar before, and a latency of 1 ns.
-- One core; repetitions interleaved; medians. Engines that take minutes at a size are left out above it, by name.
+- One core; repetitions interleaved; medians. Peers are run up to 1 M bars, nautilus_trader up to 100 k: more would take
+  minutes a run.
 
 Variants: `warm`, in a process that has run the job before (ours with its turns on an asyncio loop, the compiled tier
 loaded; vectorbt compiled); `cold`, a fresh process from start to exit that loads the arrays, imports the engine and
-runs once (ours picks its tier by itself); `checkpoints`, ours alone, warm: `BacktestWorker.run` on an embedded
-PostgreSQL at the default policy, on the other cores where there are any.
+runs once (ours picks its tier by itself); `checkpoints`, ours alone, warm: `BacktestWorker.run` with an embedded
+PostgreSQL at the default policy, on the other cores where there are any; here metrics and the stored result count.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def main() -> None:
                     if version_of(PACKAGES.get(name, name)) is None:
                         notes.append(f"{name} isn't installed and left out")
                     elif bars > (most := MOST.get(name, 1_000_000)):
-                        notes.append(f"{name} is left out above {most:,} bars: it would take minutes")
+                        notes.append(f"{name} is run up to {most:,} bars")
                     else:
                         engines.append(name)
                 rows += measure(job, market, engines, options.repeat, cold=not options.no_cold)

@@ -114,10 +114,13 @@ class Context:
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's where it is installed: its turns cost half."""
+    """A loop of uvloop's, where that is installed: its turns cost half."""
     try:
         import uvloop
-    except ImportError:
+
+        for descriptor in range(3):  # it aborts the process where it gets the place of a closed stream
+            os.fstat(descriptor)
+    except (ImportError, OSError):
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()
 

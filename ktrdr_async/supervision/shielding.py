@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 import anyio
+import anyio._backends._asyncio  # else the first checkpoint of a process imports it, and its loop stands for 40 ms
 import anyio.lowlevel
 
 T = TypeVar("T")

@@ -161,9 +161,7 @@ class Supervisor:
                     if self._throttle is not None:
                         await self._slow_down(block.bar_index, self._throttle)
             self._finish_statistics()
-            results = await self._turn.offload(self._results)
-            outcome, closing = results.outcome(), build_closing_state(self._engine, self._since())
-            outcome.final_state = build_final_state(self._engine) if self._keep_state else None
+            results, outcome, closing = await self._turn.offload(self._results)
         except asyncio.CancelledError as error:
             if self._told_to_end():
                 await self.end_cancelled(error)
@@ -220,11 +218,13 @@ class Supervisor:
     def _all_accepted(self) -> list[str]:
         return [*self._accepted, *([] if self._inherited else self._engine.accepted)]
 
-    def _results(self) -> BacktestResults:
+    def _results(self) -> tuple[BacktestResults, Outcome, BacktestCheckpointState]:
+        """All that a completion needs, in a thread: digest, figures, and the records since the last save."""
         results = self._engine.results()
         results.run, results.accepted_mismatches = self.statistics, tuple(self._all_accepted())
-        _ = results.digest, results.metrics, results.warnings  # computed here, off the loop, and kept
-        return results
+        outcome, closing = results.outcome(), build_closing_state(self._engine, self._since())
+        outcome.final_state = build_final_state(self._engine) if self._keep_state else None
+        return results, outcome, closing
 
     def _finish_statistics(self) -> None:
         if not self._counted:
@@ -261,9 +261,9 @@ class Supervisor:
     async def _save(self, kind: CheckpointType) -> bool:
         """A save at a boundary. One that fails doesn't end the run: it is counted and tried again after a while."""
         bar = self._engine.boundary.bar_index
+        started = self._clock()  # making the state is a part of what a save costs
         state = self._state()
         self._turn.leave()
-        started = self._clock()
         done = await finish(
             lambda: self._checkpoints.save_checkpoint(self.operation_id, kind, state), patience=self.ends.patience
         )

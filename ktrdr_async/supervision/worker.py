@@ -37,6 +37,7 @@ from ktrdr_async.supervision.mailbox import Ending, Progress
 from ktrdr_async.supervision.shielding import finish_or_raise, in_thread, until_done
 from ktrdr_async.supervision.stored import progress_of, rebuild
 from ktrdr_async.supervision.turns import Turns
+from ktrdr_async.supervision.warming import warm_up
 
 if TYPE_CHECKING:
     import asyncpg
@@ -161,6 +162,8 @@ class BacktestWorker:
             )
         if pays(checked_tier(tier), 0, alone=alone):
             await in_thread(load_compiled)
+        if not alone:
+            await in_thread(warm_up)
         async with Database.open(dsn, pool=pool, schema=schema, migrate=migrate) as database:
             worker = cls(
                 database,

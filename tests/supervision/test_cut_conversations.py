@@ -349,7 +349,7 @@ async def test_a_claim_that_lands_while_it_is_tried_again_is_its_own(dsn: str) -
         assert claim.epoch == 1
 
 
-@sized("runs", ci=3, whole=200, minutes=30)
+@sized("runs", ci=1, whole=200, minutes=30)
 async def test_runs_whose_conversations_are_cut_again_and_again(
     dsn: str, runs: int, campaign_seed: int, figures: Figures
 ) -> None:

@@ -140,7 +140,7 @@ async def by_trades(database: Database, sizes: tuple[int, ...]) -> list[Row]:
     for engine, times in (("ktrdr_async", ours), ("one_row", theirs)):
         medians = {size: statistics.median(values) for size, values in times.items()}
         for size, seconds in medians.items():
-            found.append(row(engine, "by trades", seconds, medians[sizes[0]], trades=size))
+            found.append(row(engine, "by trades", seconds, medians[sizes[0]], bars=size, trades=size))
     return found
 
 
@@ -194,8 +194,8 @@ async def one_save(database: Database, where: dict[str, Any]) -> list[Row]:
             theirs.append(clock() - started)
     mine, other = statistics.median(ours[1:]), statistics.median(theirs[1:])
     return [
-        row("ktrdr_async", "one save", mine, other, trades=100),
-        row("thread_new_loop", "one save", other, other, trades=100),
+        row("ktrdr_async", "one save", mine, other, bars=100, trades=100),
+        row("thread_new_loop", "one save", other, other, bars=100, trades=100),
     ]
 
 

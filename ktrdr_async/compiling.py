@@ -100,7 +100,7 @@ def _double(source: str, numba: ModuleType, directory: Path | None) -> tuple[Mod
     spec.loader.exec_module(module)
     functions = []
     # Nothing is allocated in them: without numba's reference counts on arrays they run three times as fast.
-    options = {"cache": directory is not None, "_nrt": False, "forceinline": True}
+    options = {"cache": directory is not None, "_nrt": False, "forceinline": True, "nogil": True}
     before = numba.config.CACHE_DIR
     try:
         if directory is not None:

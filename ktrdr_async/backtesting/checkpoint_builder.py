@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from ktrdr_async.backtesting import execution as ex
-from ktrdr_async.backtesting.ledger import REASONS, PriceRange, TradeBook, trades_of
+from ktrdr_async.backtesting.ledger import REASONS, LedgerEvent, PriceRange, TradeBook, trades_of
 from ktrdr_async.backtesting.provenance import manifest_of
 from ktrdr_async.checkpoint.schemas import (
     DEFAULT_EQUITY_SAMPLE_INTERVAL,
@@ -27,8 +27,9 @@ from ktrdr_async.errors import CheckpointCorruptedError, UndeclaredStateError
 from ktrdr_async.strategies.state import check_state, decode_state, encode_state
 
 if TYPE_CHECKING:
+    from ktrdr_async.backtesting.boundaries import Boundary
     from ktrdr_async.backtesting.engine import BacktestingEngine
-    from ktrdr_async.backtesting.portfolio import Boundary, Recorded
+    from ktrdr_async.backtesting.portfolio import Recorded
 
 _SPELLED = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "-0.0": -0.0}
 
@@ -185,15 +186,21 @@ def _tag(tags: list[str], number: int) -> str | None:
 
 
 def _positions(engine: BacktestingEngine, boundary: Boundary) -> list[PositionState]:
-    portfolio, bars = engine.portfolio, engine.bars
-    if not any(boundary.book.lots):
-        return []
-    if boundary.events == len(portfolio.events):
-        book = portfolio.trades()
-    else:  # a block was interrupted after fills: the live book is past the boundary
-        book = TradeBook(engine.request.lot_size, PriceRange(bars.low, bars.high))
-        for event in portfolio.events[: boundary.events]:
-            book.apply(event)
+    bars, events = engine.bars, engine.portfolio.events
+    held = {j: lots for j, lots in enumerate(boundary.book.lots) if lots}
+    own: list[LedgerEvent] = []
+    at = boundary.events
+    while held:  # back to where each open trade began: what ended before doesn't matter, however much it is
+        at -= 1
+        event = events[at]
+        if event.symbol in held:
+            own.append(event)
+            held[event.symbol] -= event.lots
+            if not held[event.symbol]:
+                del held[event.symbol]
+    book = TradeBook(engine.request.lot_size, PriceRange(bars.low, bars.high))
+    for event in reversed(own):
+        book.apply(event)
     found = []
     for symbol in sorted(book.open):
         trade = book.open[symbol]

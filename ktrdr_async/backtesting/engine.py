@@ -10,10 +10,13 @@ import numpy as np
 
 from ktrdr_async import compiling
 from ktrdr_async.backtesting import execution as ex
+from ktrdr_async.backtesting.account import AccountView
+from ktrdr_async.backtesting.boundaries import Ahead, Boundary
 from ktrdr_async.backtesting.checkpoint_builder import counters_of, recorded_values
+from ktrdr_async.backtesting.curve import equity_curve
 from ktrdr_async.backtesting.decisions import Decided, checked_features, checked_targets
 from ktrdr_async.backtesting.hooks import Hooks
-from ktrdr_async.backtesting.portfolio import AccountView, Ahead, Boundary, Portfolio, Recorded, equity_curve
+from ktrdr_async.backtesting.portfolio import Portfolio, Recorded
 from ktrdr_async.backtesting.provenance import Accept, check_past, identity_of, nothing
 from ktrdr_async.backtesting.results import BacktestResults, Unfilled
 from ktrdr_async.backtesting.tiers import INTERPRETED, TierName, tier_of
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 BLOCK_BARS = 100
 _MOST_VALUES = 65_536  # symbol-bars of the largest block that an account is computed over at once
+_BARS_A_STEP = 4  # bars between two looks up to which an account had better be kept up bar by bar
 _BARS_A_LOOK = 25  # bars between two looks at the account from which on compiled code computes it faster
 KERNELS = "ktrdr_async.strategies.kernels"
 _ENDS_MORE = (StopIteration, StopAsyncIteration, GeneratorExit, SystemExit, KeyboardInterrupt)
@@ -98,6 +102,7 @@ class BacktestingEngine:
             request, bars, self._equity, self._tier if self._targets_known else INTERPRETED, block_bars
         )
         self._decided = Decided(strategy.warmup)
+        self._stepping = False  # the account is looked at so often that it is kept up bar by bar
         self._window = (0, 0)  # bars whose rows the strategy's bar holds as floats
         self._boundary = self._portfolio.boundary(-1, self._initial_state)
         self._ahead: tuple[Ahead, int] | None = None  # where the boundary is, while nobody has looked at it
@@ -306,8 +311,11 @@ class BacktestingEngine:
         begins = max(0, strategy.warmup - 1)
         if self._tier is not INTERPRETED and not cast("Hooks", self._hooks).wanted:
             # A call of compiled code pays for itself where it brings the account over many bars.
-            pays = portfolio.looks * _BARS_A_LOOK <= self._block_bars <= _MOST_VALUES // self._k
+            pays = not self._stepping and portfolio.looks * _BARS_A_LOOK <= self._block_bars <= _MOST_VALUES // self._k
             portfolio.hold_as(self._tier if pays else INTERPRETED)
+        if not self._stepping or first // self._block_bars % 32 == 0:
+            self._stepping = portfolio.looks * _BARS_A_STEP > self._block_bars
+        stepping = self._stepping and portfolio.tier is INTERPRETED
         portfolio.looks = 0
         hooks, told = cast("Hooks", self._hooks), cast("Hooks", self._hooks).wanted
         deadline = turn.deadline
@@ -321,6 +329,8 @@ class BacktestingEngine:
                 if not (told or waits) and at >= begins:
                     for i in range(at - start, min(stop, end) - start):
                         bar._i = i
+                        if stepping:
+                            portfolio.step(start + i)
                         on_bar(bar)
                         if bar._said:
                             self._listen(bar)

@@ -267,7 +267,7 @@ def _excursions(trades: list[_Held], lot_size: float, prices: PriceRange) -> tup
     stop = np.append(first[1:], 0)
     stop[starts + counts - 1] = [trade.stop for trade in trades]
     low, high = np.full(len(first), np.nan), np.full(len(first), np.nan)
-    for j in np.unique(symbol):
+    for j in sorted(set(symbol.tolist())):
         # The legs of one symbol follow each other in time, so their spans and what lies between alternate.
         there = np.flatnonzero((symbol == j) & (first < stop))
         if there.size:

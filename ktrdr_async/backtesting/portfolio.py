@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 
 from ktrdr_async.backtesting import execution as ex
+from ktrdr_async.backtesting.boundaries import Ahead, Boundary, new_book, room
+from ktrdr_async.backtesting.curve import last_closes
 from ktrdr_async.backtesting.decisions import Targets, lots_of
-from ktrdr_async.backtesting.ledger import REASONS, Ledger, LedgerDigest, LedgerEvent, PriceRange, Trade, TradeBook
+from ktrdr_async.backtesting.ledger import REASONS, Ledger, LedgerDigest, PriceRange, Trade, TradeBook
 from ktrdr_async.backtesting.tiers import INTERPRETED, Tier
 from ktrdr_async.errors import CheckpointCorruptedError, OrderError
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ktrdr_async.backtesting.request import BacktestRequest
     from ktrdr_async.checkpoint.schemas import BacktestCheckpointState
     from ktrdr_async.market import Bars
-    from ktrdr_async.strategies.bar import Bar
 
 Recorded = tuple[int, str, float]  # bar, name, value
 _WINDOW_VALUES = 4096  # values of a column that are turned into Python floats at a time
@@ -36,58 +35,6 @@ _NOTHING_SAID = ex.Decisions(
     np.zeros(1, np.int64), np.array([ex.NO_BAR]), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0),
     np.zeros(0, np.int64),
 )  # fmt: skip
-
-
-class Boundary(msgspec.Struct, frozen=True):
-    """The engine's whole state at a yield; the ledger and the recorded values by their counts, as they only grow."""
-
-    bar_index: int  # last bar that was computed; -1: none
-    book: ex.Book
-    events: int
-    recorded: int
-    strategy_state: bytes | None
-
-
-class Ahead:
-    """The boundaries of a piece that was computed at once; a `Boundary` is made of one when somebody looks at it."""
-
-    def __init__(self, ends: list[int], kept: ex.Book, fills: list[int], events: int, widths: list[int]) -> None:
-        self.ends = ends  # bars
-        self.fills = [events + count for count in fills]  # ledger events, at each
-        self._kept, self._widths = kept, widths
-
-    def money(self, which: int) -> list[float]:
-        """Cash or equity at each."""
-        return self._kept.money[which :: self._widths[0]].tolist()[: len(self.ends)]  # type: ignore[no-any-return]
-
-    def trades(self) -> list[int]:
-        """Trades that have ended, at each."""
-        return self._kept.tally[ex.TRADES :: ex.TALLIES].tolist()[: len(self.ends)]  # type: ignore[no-any-return]
-
-    def boundary(self, m: int, strategy_state: bytes | None) -> Boundary:
-        """The m-th one, whole."""
-        columns = zip(self._kept, self._widths, strict=True)
-        book = ex.Book(*(column[m * width : (m + 1) * width].tolist() for column, width in columns))
-        return Boundary(self.ends[m], book, self.fills[m], 0, strategy_state)
-
-
-def _new_book(tier: Tier, cash: float, k: int) -> ex.Book:
-    nan = float("nan")
-    tally = [0] * ex.TALLIES
-    tally[ex.RUINED_AT] = -1
-    ints, floats = tier.ints, tier.floats
-    return ex.Book(
-        money=floats([cash, cash]), tally=ints(tally), lots=ints([0] * k), mark=floats([nan] * k),
-        waiting=ints([0] * k), waiting_reason=ints([0] * k), waiting_tag=ints([ex.NO_TAG] * k),
-        zero_lots=ints([0] * k), zero_target=floats([0.0] * k), zero_lot_value=floats([0.0] * k),
-    )  # fmt: skip
-
-
-def _room(tier: Tier, size: int) -> ex.Fills:
-    ints, floats = [0] * size, [0.0] * size
-    whole = [tier.ints(ints) for _ in range(7)]
-    count = tier.ints([0])
-    return ex.Fills(count, *whole[:4], *(tier.floats(floats) for _ in range(3)), *whole[4:])
 
 
 class Portfolio:
@@ -101,14 +48,14 @@ class Portfolio:
     ) -> None:
         self.k = len(bars.symbols)
         self.terms = ex.Terms(request.commission, request.slippage, request.lot_size, request.min_trade)
-        self.book = _new_book(tier, request.initial_capital, self.k)
+        self.book = new_book(tier, request.initial_capital, self.k)
         self.tags: list[str] = []
         self._ledger = Ledger(tags=self.tags)
         self.recorded: list[Recorded] = []
         self.looks = 0  # how often the account was brought up to a bar
         self.next_bar = 0  # the account stands at the close of the bar before
         self.piece = max(1, tier.piece_values // self.k)  # bars that are computed at a time
-        self._fills = _room(tier, 2 * self.k * min(self.piece, len(bars) + 1))
+        self._fills = room(tier, 2 * self.k * min(self.piece, len(bars) + 1))
         self.tier = tier
         self._bars = bars
         self._block_bars = block_bars
@@ -174,6 +121,20 @@ class Portfolio:
             self.take_fills()
             self.next_bar = at + count
 
+    def step(self, bar: int) -> None:
+        """`advance` by one bar, for an account that is looked at all the time."""
+        book, tally = self.book, self.book.tally
+        quiet = tally[ex.WAITING] == 0 and self._decisions.bar[self._decisions.next[0]] == ex.NO_BAR
+        if not quiet or not self._window[0] <= bar < self._window[1] or self.next_bar != bar:
+            self.advance(bar + 1)
+            return
+        equity = self._piece_equity
+        ex.mark_bars(book, self.terms.lot_size, self.k, self._closes, bar - self._window[0], equity, 0, 1)
+        self._equity[bar] = value = equity[0]
+        self.next_bar = bar + 1
+        if value <= 0.0 and tally[ex.RUINED_AT] < 0:
+            ex.go_bust(book, self.k, bar)
+
     def _advance_compiled(self, stop: int) -> None:
         decisions, at = self._said(), self.next_bar
         self._make_room(stop - at)
@@ -220,7 +181,7 @@ class Portfolio:
         self.tier = tier
         self.book = ex.Book(*(tier.like(column) for column in self.book))
         bars = self.piece if tier is INTERPRETED else _ROOM_BLOCKS * self._block_bars
-        self._fills = _room(tier, 2 * self.k * min(bars, len(self._bars)))
+        self._fills = room(tier, 2 * self.k * min(bars, len(self._bars)))
         self._window = (0, 0)
         if tier is not INTERPRETED:
             self._opens, self._closes = tier.flat(self._bars.open), tier.flat(self._bars.close)
@@ -439,122 +400,3 @@ def _text(text: str | None) -> bytes:
         return bytes(4)
     data = text.encode()
     return (len(data) + 1).to_bytes(4, "little") + data
-
-
-def last_closes(closes: NDArray[np.float64]) -> list[float]:
-    """Each symbol's last close in float64[m, k] that isn't missing; NaN where it has none."""
-    found: list[float] = []
-    for j in range(closes.shape[1]):
-        present = np.flatnonzero(~np.isnan(closes[:, j]))
-        found.append(float(closes[present[-1], j]) if present.size else float("nan"))
-    return found
-
-
-def equity_curve(
-    events: Sequence[LedgerEvent], closes: NDArray[np.float64], initial_capital: float, lot_size: float
-) -> NDArray[np.float64]:
-    """Equity at each close, float64[m], from ledger and float64[m, k] closes alone.
-
-    The additions are those of `execution.mark_close`, in the same order, a whole column at a time: cash, then the
-    symbols that are held, in symbol order. Forced closes belong to the closing step and count at the last bar.
-    """
-    m = len(closes)
-    cash: NDArray[np.float64] = _forward(
-        [e.bar for e in events], [e.cash_after for e in events], initial_capital, m, np.float64
-    )
-    steps: dict[int, tuple[list[int], list[int]]] = {}
-    for event in events:
-        bars, held = steps.setdefault(event.symbol, ([], [0]))
-        bars.append(event.bar)
-        held.append(held[-1] + event.lots)
-    for j in sorted(steps):
-        bars, held = steps[j]
-        lots = _forward(bars, held[1:], 0, m, np.int64)
-        marks = _filled(closes[:, j])
-        open_ = lots != 0
-        cash[open_] += lots[open_] * lot_size * marks[open_]
-    return cash
-
-
-def _forward(bars: list[int], values: list[Any], first: Any, m: int, dtype: Any) -> Any:
-    """The last value at or before each bar; of several at one bar the last."""
-    index = np.searchsorted(np.asarray(bars, dtype=np.int64), np.arange(m), side="right")
-    return np.concatenate([np.asarray([first], dtype), np.asarray(values, dtype)])[index]
-
-
-def _filled(column: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A column whose gaps repeat the value before them."""
-    present = ~np.isnan(column)
-    if present.all():
-        return column
-    last = np.maximum.accumulate(np.where(present, np.arange(len(column)), 0))
-    return column[last]
-
-
-class PositionOf:
-    """One symbol's position at this bar's close; read-only."""
-
-    __slots__ = ("_book", "_portfolio", "_symbol")
-
-    def __init__(self, portfolio: Portfolio, book: ex.Book, symbol: int) -> None:
-        self._portfolio, self._book, self._symbol = portfolio, book, symbol
-
-    @property
-    def quantity(self) -> float:
-        """Signed units held."""
-        return float(self._book.lots[self._symbol] * self._portfolio.terms.lot_size)
-
-    @property
-    def price(self) -> float:
-        """Last close; NaN before the symbol's first bar."""
-        return float(self._book.mark[self._symbol])
-
-    @property
-    def value(self) -> float:
-        """Signed notional at the last close, account currency."""
-        lots = self._book.lots[self._symbol]
-        return float(ex.notional(lots, self._portfolio.terms.lot_size, self.price)) if lots else 0.0
-
-    @property
-    def entry_price(self) -> float:
-        """Mean price of the open trade's opening fills; NaN where flat."""
-        trade = self._portfolio.trades().open.get(self._symbol)
-        return trade.entry_price if trade is not None else float("nan")
-
-
-class AccountView:
-    """The account at this bar's close, for strategies; read-only. It is brought up to the bar when it is looked at."""
-
-    __slots__ = ("_bar", "_index_of", "_portfolio")
-
-    def __init__(self, portfolio: Portfolio, symbols: Sequence[str]) -> None:
-        self._portfolio = portfolio
-        self._index_of = {name: position for position, name in enumerate(symbols)}
-        self._bar: Bar | None = None
-
-    def follow(self, bar: Bar) -> None:
-        """Looks at the account at the bar that this object stands for."""
-        self._bar = bar
-
-    @property
-    def _book(self) -> ex.Book:
-        portfolio = self._portfolio
-        if self._bar is not None and portfolio.next_bar <= self._bar.index:
-            portfolio.advance(self._bar.index + 1)
-        return portfolio.book
-
-    @property
-    def cash(self) -> float:
-        """Account currency."""
-        return float(self._book.money[ex.CASH])
-
-    @property
-    def equity(self) -> float:
-        """Account currency: cash and what is held at the last closes."""
-        return float(self._book.money[ex.EQUITY])
-
-    def __getitem__(self, symbol: int | str) -> PositionOf:
-        position = self._index_of.get(symbol) if isinstance(symbol, str) else symbol
-        if position is None or not 0 <= position < self._portfolio.k:
-            raise OrderError(f"there is no symbol {symbol!r}; there are: {', '.join(self._index_of)}")
-        return PositionOf(self._portfolio, self._book, position)

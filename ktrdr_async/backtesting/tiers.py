@@ -35,6 +35,14 @@ class Tier:
         """A column of floats."""
         raise NotImplementedError
 
+    def int_room(self, size: int) -> Any:
+        """A column for so many whole numbers."""
+        raise NotImplementedError
+
+    def float_room(self, size: int) -> Any:
+        """A column for so many floats."""
+        raise NotImplementedError
+
     def like(self, column: Any) -> Any:
         """A copy of another tier's column."""
         raise NotImplementedError
@@ -58,6 +66,14 @@ class Interpreted(Tier):
     def floats(self, values: Sequence[float]) -> list[float]:
         """A list."""
         return list(values)
+
+    def int_room(self, size: int) -> list[int]:
+        """A list."""
+        return [0] * size
+
+    def float_room(self, size: int) -> list[float]:
+        """A list."""
+        return [0.0] * size
 
     def like(self, column: Any) -> list[Any]:
         """A list."""
@@ -84,6 +100,14 @@ class Compiled(Tier):
     def floats(self, values: Sequence[float]) -> NDArray[np.float64]:
         """float64[m]."""
         return np.array(values, dtype=np.float64)
+
+    def int_room(self, size: int) -> NDArray[np.int64]:
+        """int64[size], whose memory is taken when it is used."""
+        return np.zeros(size, np.int64)
+
+    def float_room(self, size: int) -> NDArray[np.float64]:
+        """float64[size], whose memory is taken when it is used."""
+        return np.zeros(size)
 
     def like(self, column: Any) -> NDArray[Any]:
         """int64[m] or float64[m]."""

@@ -46,9 +46,11 @@ def sma(values: ArrayLike, n: int) -> Floats:
     for j in range(columns.shape[1]):
         own, there = own_bars(columns[:, j])
         if len(own) >= n:
-            found = np.full(len(own), np.nan)
+            whole = there is None and columns.shape[1] == 1
+            found = filled[:, j] if whole else np.full(len(own), np.nan)
             fast.sma(own, n, part, other, total, found)
-            filled[slice(None) if there is None else there, j] = found
+            if not whole:
+                filled[slice(None) if there is None else there, j] = found
     return result
 
 

@@ -216,6 +216,7 @@ class Actor:
             if row.status is Status.COMPLETED:
                 return None, row
             request = BacktestRequest.from_dict(row.request)
+        await self._turn.once()
         job = await resolve(request, plan.bars, plan.strategy, plan.permissions)
         if plan.isolate is not None:
             self._turn.elsewhere = Elsewhere(job.strategy)

@@ -34,7 +34,7 @@ def watched(
 
     A turn is looked at between bars, so that one which took long ended with a long call. Coroutines run without the
     turn: what they do between two suspensions is timed. Targets that are known before the first bar are computed in a
-    thread.
+    thread. A call in which the garbage of the whole process was collected isn't counted: it may have had no part in it.
 
     Args:
         blocks: of the engine's run.
@@ -47,6 +47,8 @@ def watched(
     """
 
     def held(seconds: float) -> None:
+        if turn.lag.collected():
+            return
         statistics.long_calls += 1
         statistics.longest_call_ms = max(statistics.longest_call_ms, round(seconds * 1e3, 1))
         if not statistics.long_call and not alone:

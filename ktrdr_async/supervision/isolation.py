@@ -27,7 +27,7 @@ from ktrdr_async.errors import InputError, KtrdrError, ParameterError, StrategyE
 from ktrdr_async.strategies.base import AsyncStrategy, WeightStrategy, _checked_parameters
 from ktrdr_async.strategies.signals import Signals
 from ktrdr_async.strategies.state import check_state, decode_state
-from ktrdr_async.supervision.shielding import in_thread
+from ktrdr_async.supervision.shielding import finish_or_raise, in_thread
 
 if TYPE_CHECKING:
     from ktrdr_async.backtesting.engine import BacktestingEngine
@@ -129,7 +129,7 @@ class Elsewhere:
                 raise failed
             answer: Answer = await in_thread(lambda: _read(directory / _ANSWER))
         finally:
-            await in_thread(lambda: shutil.rmtree(directory, ignore_errors=True))
+            await finish_or_raise(lambda: in_thread(lambda: shutil.rmtree(directory, ignore_errors=True)))
         strategy.state = decode_state(answer.state, None if strategy.state is None else type(strategy.state))
         if answer.features is not None:
             return checked_features(strategy, bars, answer.features, engine.decided)

@@ -7,6 +7,7 @@ loop costs more than it tells. A tick counts for the time that it stands for.
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -21,6 +22,10 @@ _BUCKETS = 26 * _OCTAVE  # from 1 us to a minute
 
 def _bucket(seconds: float) -> int:
     return min(_BUCKETS - 1, int(_OCTAVE * math.log2(seconds * 1e6))) if seconds > 1e-6 else 0
+
+
+def _full_collections() -> int:
+    return int(gc.get_stats()[-1]["collections"])
 
 
 def _upper(bucket: int) -> float:
@@ -44,6 +49,7 @@ class LoopLag:
         self._ticks = 1  # that the next one stands for
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._collections = 0
 
     def watch(self) -> Watch:
         """Begins to look; `end` it."""
@@ -58,6 +64,7 @@ class LoopLag:
 
     def _wait(self, ticks: int) -> None:
         self._ticks = ticks
+        self._collections = _full_collections()
         seconds = ticks * BUSY_SECONDS
         self._due = self._clock() + seconds
         self._timer = asyncio.get_running_loop().call_later(seconds, self._tick)
@@ -68,6 +75,10 @@ class LoopLag:
 
     def _count(self) -> None:
         self._counts[_bucket(self._clock() - self._due)] += self._ticks
+
+    def collected(self) -> bool:
+        """Whether there was a full garbage collection since the last tick: the host's, whoever ran then."""
+        return self._timer is not None and _full_collections() != self._collections
 
     def _overdue(self) -> float:
         """Seconds by which the next tick is late already."""

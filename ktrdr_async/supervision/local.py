@@ -55,13 +55,13 @@ async def backtest(
         StrategyError: if the strategy breaks a rule; what it raises itself comes through.
     """
     checked_isolate(isolate)
+    turn = turns_of_this_loop().turn()
+    await turn.once()
     job = await job_of(data, strategy, request, terms, cwd=cwd)
-    elsewhere = None if isolate is None else Elsewhere(job.strategy)
+    turn.elsewhere = None if isolate is None else Elsewhere(job.strategy)
     if pays(checked_tier(tier), len(job.bars) * job.bars.k, alone=alone):
         await in_thread(load_compiled)
     started, run = time.monotonic(), RunStatistics(bars_computed=len(job.bars))
-    turn = turns_of_this_loop().turn()
-    turn.elsewhere = elsewhere
     engine = BacktestingEngine(job.request, job.bars, job.strategy, turn=turn, tier=tier)
     with turn.lag.watch() as watch:
         async with aclosing(engine.run()) as blocks:  # where `on_block` raises, the turn is given back at once

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 import anyio
 import anyio._backends._asyncio  # else the first checkpoint of a process imports it, and its loop stands for 40 ms
@@ -13,7 +15,11 @@ import anyio.lowlevel
 
 T = TypeVar("T")
 
+OVERTAKING_SECONDS = 0.05
+
 _ATTEMPTS = 5  # tasks that are made when each one before was cancelled itself
+
+_lines: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
 
 class Finished(Generic[T]):
@@ -105,11 +111,22 @@ async def _wait(
 async def in_thread(work: Callable[[], T]) -> T:
     """Runs large one-off work in a thread; a cancellation waits for it, as a thread can't be ended.
 
+    One at a time, until it has taken `OVERTAKING_SECONDS`: each thread that holds the interpreter makes the loop wait
+    for it, and several of them do in turn.
+
     No task stands for the thread, so that no teardown of a loop takes it for ended and has the work done twice at once.
     """
-    context = contextvars.copy_context()
-    future: asyncio.Future[T] = asyncio.get_running_loop().run_in_executor(None, context.run, work)
-    cancelled = await until_done(future)
+    loop = asyncio.get_running_loop()
+    line = _lines.get(loop)
+    if line is None:
+        line = _lines[loop] = asyncio.Lock()
+    await line.acquire()
+    with contextlib.ExitStack() as place:
+        place.callback(line.release)
+        place.callback(loop.call_later(OVERTAKING_SECONDS, place.close).cancel)
+        context = contextvars.copy_context()
+        future: asyncio.Future[T] = loop.run_in_executor(None, context.run, work)
+        cancelled = await until_done(future)
     if cancelled is not None:
         if (error := future.exception()) is not None:
             cancelled.add_note(f"meanwhile: {type(error).__name__}: {error}")

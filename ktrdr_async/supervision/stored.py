@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ktrdr_async.backtesting.checkpoint_builder import recorded_values
-from ktrdr_async.backtesting.portfolio import equity_curve
+from ktrdr_async.backtesting.curve import equity_curve
 from ktrdr_async.backtesting.request import BacktestRequest
 from ktrdr_async.backtesting.results import BacktestResults, Outcome
 from ktrdr_async.checkpoint.service import CheckpointService

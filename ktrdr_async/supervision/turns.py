@@ -121,13 +121,13 @@ class OperationTurn:
         turns = self._turns
         if turns._holder is self:
             return
-        if turns._holder is None and not turns._queue:
-            if not turns._resting:
+        if turns._holder is None:
+            if turns._resting and turns._last is self and turns._pause_factor == 0 and not self.due():
+                turns._holder = self  # lent out and back within one turn, in one iteration: nobody else could have it
+                return
+            if not turns._resting and not turns._queue:
                 turns._holder = self
                 self._begin()
-                return
-            if turns._last is self and turns._pause_factor == 0 and not self.due():
-                turns._holder = self  # lent out and back within one turn: nothing else wanted it
                 return
         woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         turns._queue.append((self, woken))
@@ -154,6 +154,11 @@ class OperationTurn:
         """As `pass_on`, for others than the engine."""
         self.leave()
         await self.enter()
+
+    async def once(self) -> None:
+        """Waits for a turn for what follows up to the next await: of hundreds that begin, one in an iteration."""
+        await self.enter()
+        self.leave()
 
     async def offload(self, work: Callable[[], T]) -> T:
         """Runs large one-off work in a thread, without the token. A cancellation waits: threads can't be ended."""

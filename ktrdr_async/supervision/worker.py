@@ -144,7 +144,8 @@ class BacktestWorker:
             transient: errors of a strategy that count as transient.
             tier: "compiled" loads the compiled tier before the worker is ready; "auto" uses it where it is loaded;
                 "interpreted" doesn't. Every bit is the same.
-            alone: nobody else is on this loop, so that "auto" may load the compiled tier for a long run.
+            alone: nobody else is on this loop, so that "auto" may load the compiled tier for a long run, and what is
+                imported at first use is imported then; else all of it is before the worker is ready.
 
         Raises:
             InputError: if a number is out of its range, or the pool too small.

@@ -20,6 +20,7 @@ DERIVED = {
     "engine.strategy._running": "that it is in a run, which `run()` sets",
     "engine.strategy._bar": "the engine's own bar, which is walked there",
     "engine._window": "which rows are cached as floats; follows from the bar that is computed next",
+    "engine._stepping": "how often the account was looked at; by it the way of computing is chosen",
     "engine._portfolio.looks": "how often the account was looked at; by it a tier is chosen",
     "engine._portfolio._window": "which rows the account has cached as floats",
     "engine._portfolio._opens": "cached rows of the bars",

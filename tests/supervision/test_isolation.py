@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from isolated_strategies import (
 from supervision_runs import EVERY_BLOCK, HERE, MARKET, REQUEST, Gate, Held, market, nothing_left, standing, until
 
 import ktrdr_async as kt
+from ktrdr_async.supervision import shielding
 from ktrdr_async.supervision.isolation import Isolate, spec_of
 from ktrdr_async.supervision.worker import BacktestWorker
 
@@ -270,6 +272,32 @@ async def test_a_cancellation_ends_the_process(worker: BacktestWorker, tmp_path:
     assert running.cancelled()
     assert child not in children()
     assert standing(await worker.operations.get("op")) == ("cancelled", None, None)
+
+
+async def test_its_files_go_however_often_it_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shielding, "OVERTAKING_SECONDS", 1_000.0)
+    note, go_on = tmp_path / "process", threading.Event()
+    running = asyncio.create_task(kt.backtest(market(), Endless(str(note)), request=REQUEST, isolate="process"))
+
+    async def begun() -> bool:
+        return note.exists() and note.read_text() != ""
+
+    await until(begun, "the strategy computes in its process")
+    held_up = asyncio.create_task(shielding.in_thread(lambda: go_on.wait(20)))
+    running.cancel()
+    line = shielding._lines[asyncio.get_running_loop()]
+
+    async def waiting() -> bool:
+        return bool(line._waiters)
+
+    await until(waiting, "the process is ended, and its files wait for a thread to delete them")
+    for _ in range(5):
+        await asyncio.sleep(0.001)
+        running.cancel()
+    go_on.set()
+    await held_up
+    await asyncio.wait({running})
+    assert running.cancelled()
 
 
 async def test_leaving_ends_the_process(dsn: str, tmp_path: Path) -> None:

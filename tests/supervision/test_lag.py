@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from contextlib import aclosing
@@ -282,6 +283,28 @@ async def test_where_nobody_else_is_on_the_loop_nothing_is_said(caplog: pytest.L
     run = await run_of(Slow(clock, (345,)), clock, alone=True)
     assert (run.long_calls, run.long_call) == (1, "")
     assert caplog.records == []
+
+
+async def test_the_hosts_garbage_collection_is_not_the_strategys() -> None:
+    clock = Clock()
+
+    class Collected(Slow):
+        def on_bar(self, bar: kt.Bar) -> None:
+            if bar.index == 345:
+                gc.collect()
+            super().on_bar(bar)
+
+    async def long_calls(at: tuple[int, ...]) -> int:
+        turn, run, strategy = Turns(clock=clock).turn(), RunStatistics(), Collected(clock, at)
+        engine = kt.BacktestingEngine(REQUEST, market(), strategy, turn=turn)
+        with turn.lag.watch():
+            async with aclosing(engine.run()) as blocks:
+                async for _ in watched(blocks, turn, strategy, run, "op"):
+                    await asyncio.sleep(2 * BUSY_SECONDS)  # a tick between two blocks
+        return run.long_calls
+
+    assert await long_calls((345,)) == 0
+    assert await long_calls((555,)) == 1
 
 
 async def test_what_a_callback_does_is_not_the_strategys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from supervision_runs import NEVER, REQUEST, Count, Counter, Gate, Held, market
+from supervision_runs import NEVER, REQUEST, Count, Counter, Gate, Held, market, until
 
 import ktrdr_async as kt
+from ktrdr_async.supervision import shielding
 from ktrdr_async.supervision.turns import OperationTurn, Turns, turns_of_this_loop
 from ktrdr_async.supervision.worker import BacktestWorker
 
@@ -322,6 +323,103 @@ async def test_a_callback_that_raises_does_not_keep_the_loops_token() -> None:
     assert kept
     assert turns_of_this_loop()._holder is None
     await asyncio.wait_for(kt.backtest(market(), Counter(), request=REQUEST), 20)
+
+
+class Iterations:
+    """Counts the loop's iterations."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._handle: asyncio.Handle | None = None
+
+    def _next(self) -> None:
+        self.count += 1
+        self._handle = asyncio.get_running_loop().call_soon(self._next)
+
+    def __enter__(self) -> Iterations:
+        self._next()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._handle is not None
+        self._handle.cancel()
+
+
+async def test_coroutines_that_do_not_wait_keep_their_turn() -> None:
+    """Fifty of them at once took ten times as long as one after the other: each bar was a turn."""
+
+    class Never(kt.AsyncStrategy):
+        async def on_bar(self, bar: kt.Bar) -> None:
+            pass
+
+    turns = Turns(clock=Clock())
+
+    async def run() -> None:
+        async for _ in kt.BacktestingEngine(REQUEST, market(), Never(), turn=turns.turn()).run():
+            pass
+
+    with Iterations() as iterations:
+        await asyncio.gather(*(run() for _ in range(10)))
+    assert iterations.count < 200, "of 10,000 bars"
+
+
+async def test_of_many_that_begin_one_does_in_an_iteration(worker: BacktestWorker) -> None:
+    begun: list[int] = []
+
+    class Named(Counter):
+        @property
+        def parameters(self) -> dict[str, Any]:
+            if self not in seen:
+                seen.append(self)
+                begun.append(iterations.count)
+            return super().parameters
+
+    seen: list[Named] = []
+    with Iterations() as iterations:
+        await asyncio.gather(*(kt.backtest(market(), Named(), request=REQUEST) for _ in range(30)))
+        handles = [worker.start(REQUEST, f"op{n}", bars=market(), strategy=Named(), policy=NEVER) for n in range(30)]
+        for handle in handles:
+            await handle.result()
+    assert len(begun) == len(set(begun)) == 60
+
+
+async def test_threads_work_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shielding, "OVERTAKING_SECONDS", 1_000.0)
+    go_on, order = threading.Event(), []
+
+    def first() -> None:
+        order.append("first begins")
+        assert go_on.wait(20)
+        order.append("first ends")
+
+    both = [
+        asyncio.create_task(shielding.in_thread(first)),
+        asyncio.create_task(shielding.in_thread(lambda: order.append("second"))),
+    ]
+    third = asyncio.create_task(shielding.in_thread(lambda: order.append("third")))
+
+    async def begun() -> bool:
+        return bool(order)
+
+    await until(begun, "the first one begins")
+    await iterate(20)
+    third.cancel()  # who waits for its place doesn't begin
+    go_on.set()
+    await asyncio.gather(*both)
+    await asyncio.wait({third})
+    assert order == ["first begins", "first ends", "second"]
+    assert third.cancelled()
+
+
+async def test_a_thread_that_takes_long_is_overtaken() -> None:
+    go_on = threading.Event()
+    long = asyncio.create_task(shielding.in_thread(lambda: go_on.wait(20)))
+    await asyncio.wait_for(shielding.in_thread(lambda: None), 20)
+    assert not long.done()
+    await asyncio.wait_for(shielding.in_thread(lambda: None), 20)  # and its place isn't given back twice
+    go_on.set()
+    await long
+    await asyncio.wait_for(shielding.in_thread(lambda: None), 20)
 
 
 async def test_a_plain_state_is_not_shared_by_turns(worker: BacktestWorker) -> None:

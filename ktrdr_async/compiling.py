@@ -66,27 +66,43 @@ def load(rehearse: Callable[[], None]) -> Loaded:
         if _modules:
             return Loaded(0.0, cached=True)
         if not installed():
-            return Loaded(0.0, cached=False, why_not=_broken or "numba isn't installed")
-        functions: list[Any] = []
+            if _broken is None:
+                _broken = "numba isn't installed"
+                logger.warning("%s; runs are interpreted", _broken)
+            return Loaded(0.0, cached=False, why_not=_broken)
         try:
-            import numba
-
-            directory = _cache_directory(numba.__version__)
-            for source in SOURCES:
-                module, found = _double(source, numba, directory)
-                functions += found
-                _modules[source] = module
-            rehearse()
+            cached = _load(rehearse)
         except Exception as error:  # numba is never required: whatever is wrong with it, the interpreted tier runs
-            for source in SOURCES:
-                _modules.pop(source, None)
             _broken = f"numba doesn't work here: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
             logger.warning("%s; runs are interpreted", _broken)
             return Loaded(time.perf_counter() - started, cached=False, why_not=_broken)
-        missed = sum(sum(function.stats.cache_misses.values()) for function in functions)
-        done = Loaded(time.perf_counter() - started, cached=directory is not None and not missed)
-        logger.info("the compiled tier took %.2f s %s", done.seconds, "from its cache" if done.cached else "to compile")
+        done = Loaded(time.perf_counter() - started, cached=cached)
+        logger.info("the compiled tier took %.2f s %s", done.seconds, "from its cache" if cached else "to compile")
         return done
+
+
+def _load(rehearse: Callable[[], None]) -> bool:
+    """Whether all machine code came from the cache. A cache that is damaged is left alone, and done without."""
+    import numba
+
+    if getattr(numba.config, "DISABLE_JIT", 0):
+        raise RuntimeError("NUMBA_DISABLE_JIT is set")
+    directory = _cache_directory(numba.__version__)
+    while True:
+        functions: list[Any] = []
+        try:
+            for source in SOURCES:
+                _modules[source], found = _double(source, numba, directory)
+                functions += found
+            rehearse()
+        except Exception as error:
+            _modules.clear()
+            if directory is None:
+                raise
+            logger.warning("the compiled code in %s can't be used (%s): delete it", directory, type(error).__name__)
+            directory = None
+            continue
+        return directory is not None and not sum(sum(each.stats.cache_misses.values()) for each in functions)
 
 
 def _double(source: str, numba: ModuleType, directory: Path | None) -> tuple[ModuleType, list[Any]]:

@@ -436,6 +436,7 @@ class BacktestingEngine:
                 self._window = (last, last + 1)
                 bar._window(*self._window)
             bar._i = last - self._window[0]
+            bar._begin_closing()
             try:
                 if filled and hooks.wanted:
                     await hooks.tell_fills(bar, filled)

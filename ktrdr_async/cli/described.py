@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ktrdr_async.cli.context import DATABASE_VARIABLE
 from ktrdr_async.cli.failures import resumable
 from ktrdr_async.cli.options import files_of, roots_of
-from ktrdr_async.cli.output import Output, blank
+from ktrdr_async.cli.output import Output, blank, plain
 from ktrdr_async.cli.tables import (
     moment,
     number,
@@ -98,7 +98,7 @@ def print_operation(output: Output, row: Operation, dsn: str | None) -> None:
     if row.error is not None:
         notes = "; ".join(note for note in row.error.get("notes") or [])
         rows.append(
-            ("error", f"{row.error.get('type')}: {row.error.get('message')}" + (f" ({notes})" if notes else ""))
+            ("error", plain(f"{row.error.get('type')}: {row.error.get('message')}" + (f" ({notes})" if notes else "")))
         )
     if row.parent is not None:
         rows.append(("parent", f"{row.parent.operation_id} at bar {row.parent.bar_index}"))

@@ -23,6 +23,9 @@ _USER_INFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?!user:password@host)[^\s
 _PASSWORD = re.compile(r"((?:ssl)?password\s*=\s*)('[^']*'|[^\s&'\"]+)", re.IGNORECASE)
 
 
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
 def blank() -> dict[str, Any]:
     """The object that `--json` prints, before anything is known."""
     return {
@@ -47,7 +50,14 @@ def _finite(value: Any) -> Any:
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()  # a lone surrogate is no character
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plain(text: str) -> str:
+    """The text with its control characters spelled out, but for line ends and tabs: a terminal would obey them."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def wants_json(tokens: Sequence[str]) -> bool:
@@ -126,7 +136,7 @@ class Output:
 
     def note(self, text: str) -> None:
         """A line for people."""
-        text = self._secrets.hide(text)
+        text = plain(self._secrets.hide(text))
         if self._above is None:
             self._write(sys.stderr, text + "\n")
             return
@@ -160,7 +170,7 @@ class Output:
 
     def line(self, text: str = "") -> None:
         """A line of the result, as it is: never cut, never wrapped."""
-        self._write(self._result, text + "\n")
+        self._write(self._result, plain(text) + "\n")
 
     @property
     def encoding(self) -> str:
@@ -186,7 +196,8 @@ class Output:
         for renderable in renderables:
             console.print(renderable)
         lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-        self._write(self._result, "".join(f"{line if console.is_terminal else line.rstrip()}\n" for line in lines))
+        shown = lines if console.is_terminal else [plain(line.rstrip()) for line in lines]
+        self._write(self._result, "".join(f"{line}\n" for line in shown))
 
     def _write(self, stream: TextIO | None, text: str) -> None:
         """Writes and flushes. A reader that has gone away is no error; a full disk is, and is told at the end."""

@@ -312,6 +312,13 @@ class Bar:
             self._rng = (self.index, np.random.Generator(np.random.Philox(key=[self._seed, self.index])))
         return self._rng[1]
 
+    def _begin_closing(self) -> None:
+        """Random numbers of the closing step are its own: a resume from the last boundary draws none of the bar's."""
+        import numpy as np
+
+        key = [self._seed, len(self._bars)]
+        self._rng = (self.index, np.random.Generator(np.random.Philox(key=key)))
+
     def __getitem__(self, symbol: int | str) -> SymbolBar:
         return SymbolBar(self, self._position(symbol))
 

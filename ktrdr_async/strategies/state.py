@@ -169,12 +169,15 @@ def check_state(state: msgspec.Struct | None) -> bytes | None:
 
 def _reaches_twice(value: Any, seen: set[int]) -> bool:
     """Whether something that can change is reached that `seen` has already; adds what is reached."""
-    if isinstance(value, list | dict | set | np.ndarray) or (
+    if isinstance(value, list | dict | set | bytearray | np.ndarray) or (
         isinstance(value, msgspec.Struct) and not value.__struct_config__.frozen
     ):
-        if id(value) in seen:
+        whole: Any = value
+        while isinstance(whole, np.ndarray) and whole.base is not None:  # a view: what counts is whose memory it is
+            whole = whole.base
+        if id(whole) in seen:
             return True
-        seen.add(id(value))
+        seen.add(id(whole))
     if isinstance(value, dict):
         return any(_reaches_twice(each, seen) for each in value.values())
     if isinstance(value, list | tuple):

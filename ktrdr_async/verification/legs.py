@@ -132,7 +132,10 @@ async def run_leg(
             ran.state = checkpoint_of(engine)
         except UndeclaredStateError as lost:
             ran.error, ran.error_bar = _said(lost), engine.boundary.bar_index
-    elif isinstance(error, Exception):
+    elif isinstance(error, Exception | asyncio.CancelledError):
+        if isinstance(error, asyncio.CancelledError):  # nobody struck
+            error = StrategyError("something that the strategy awaited was cancelled; nobody has cancelled the run")
+            error.bar_index = -1 if engine.failed_bar is None else engine.failed_bar
         ran.error = _said(error)
         bar = error.bar_index if isinstance(error, StrategyError) else -1
         ran.error_bar = bar if bar >= 0 or engine.failed_bar is None else engine.failed_bar

@@ -15,6 +15,28 @@ from ktrdr_async.strategies.base import AnyStrategy
 
 pytestmark = pytest.mark.anyio
 
+
+class Drawing(kt.Strategy):
+    """Draws at each bar, and after the last one."""
+
+    def on_bar(self, bar: kt.Bar) -> None:
+        bar.record(x=bar.rng.random())
+
+    def on_end(self, bar: kt.Bar) -> None:
+        bar.record(x=bar.rng.random())
+
+
+async def test_what_the_closing_step_draws_is_the_same_after_a_resume_from_the_last_boundary() -> None:
+    bars, request = hourly(120), kt.BacktestRequest()
+    whole = await finish(kt.BacktestingEngine(request, bars, Drawing()))
+    engine = kt.BacktestingEngine(request, bars, Drawing())
+    await cancel_at(engine, 2)
+    assert engine.boundary.bar_index == 119
+    again = await finish(kt.BacktestingEngine(request, bars, Drawing()), checkpoint(engine))
+    assert again.recorded_values == whole.recorded_values
+    assert whole.recorded_values[-1][2] != whole.recorded_values[-2][2]
+
+
 REQUEST = kt.BacktestRequest(initial_capital=50_000.0, seed=11)
 KINDS = (Busy, BusyAsync, Crossing)
 

@@ -189,6 +189,32 @@ def test_short_runs_never_import_numba(private_home: Path) -> None:
     assert child(RUN.format(bars=3_000, tier="compiled")).split() == ["True", digest]
 
 
+def test_jit_that_is_disabled_and_a_numba_that_is_missing_mean_interpreted_and_are_told(tmp_path: Path) -> None:
+    digest = child(RUN.format(bars=3_000, tier="interpreted")).split()[1]
+    said = child(RUN.format(bars=3_000, tier="compiled"), NUMBA_DISABLE_JIT="1")
+    assert digest in said
+    assert "NUMBA_DISABLE_JIT is set; runs are interpreted" in said
+    missing = (
+        "import importlib.util as u; found = u.find_spec\n"
+        "u.find_spec = lambda name, *more: None if name == 'numba' else found(name, *more)"
+    )
+    said = child(f"{missing}\n{RUN.format(bars=3_000, tier='compiled')}")
+    assert digest in said
+    assert "numba isn't installed; runs are interpreted" in said
+
+
+def test_a_damaged_cache_is_named_and_done_without(private_home: Path, tmp_path: Path) -> None:
+    cache = {compiling.CACHE_VARIABLE: str(tmp_path)}
+    assert "delete it" not in child(RUN.format(bars=3_000, tier="compiled"), **cache)
+    for file in tmp_path.rglob("*.nbc"):
+        file.write_bytes(b"junk")
+    said = child(RUN.format(bars=3_000, tier="compiled"), **cache)
+    assert "can't be used" in said
+    assert "delete it" in said
+    assert child(RUN.format(bars=3_000, tier="interpreted")).split()[1] in said
+    assert "runs are interpreted" not in said
+
+
 def test_a_broken_numba_means_interpreted_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "numba.py").write_text("raise OSError('no LLVM here')")
     broken = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{RUN.format(bars=3_000, tier='compiled')}"

@@ -10,7 +10,7 @@ import pytest
 from ktrdr_async.cli.chart import EIGHTHS, chart, columns, sampled
 from ktrdr_async.cli.failures import resumable, without_credentials
 from ktrdr_async.cli.options import absolute, roots_of
-from ktrdr_async.cli.output import Secrets, one_line
+from ktrdr_async.cli.output import Secrets, one_line, plain
 from ktrdr_async.cli.progress import clock
 
 
@@ -80,3 +80,8 @@ def test_json_is_one_line_without_nan() -> None:
 
 def test_times_left() -> None:
     assert [clock(seconds) for seconds in (0.4, 75, 3_661)] == ["0:00", "1:15", "1:01:01"]
+
+
+def test_control_characters_are_spelled_out() -> None:
+    assert plain("a\x1b[31mb\x9bc\udcff\n\td") == "a\\x1b[31mb\\x9bc\\udcff\n\td"
+    assert json.loads(one_line({"a": "x\udcff"})) == {"a": "x\\udcff"}

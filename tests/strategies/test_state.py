@@ -455,6 +455,30 @@ async def test_one_object_at_two_places_of_a_state_is_refused(where: str) -> Non
         await run(Aliased(), bars_of([100.0 + i for i in range(30)]))
 
 
+class Memory(msgspec.Struct):
+    whole: NDArray[np.float64] = msgspec.field(default_factory=lambda: np.zeros(9))
+    part: NDArray[np.float64] = msgspec.field(default_factory=lambda: np.zeros(3))
+    raw: bytearray = msgspec.field(default_factory=bytearray)
+    more: bytearray = msgspec.field(default_factory=bytearray)
+
+
+@pytest.mark.parametrize("share", ["view", "bytearray"])
+def test_memory_that_two_fields_share_is_refused_before_the_first_bar(share: str) -> None:
+    class Sharing(Strategy):
+        def __init__(self) -> None:
+            self.state = Memory()
+            if share == "view":
+                self.state.part = self.state.whole[-3:]
+            else:
+                self.state.more = self.state.raw
+
+        def on_bar(self, bar: Bar) -> None:
+            pass
+
+    with pytest.raises(UndeclaredStateError, match=r"Memory\.(part|more) holds an object that the state holds"):
+        BacktestingEngine(BacktestRequest(), bars_of([100.0] * 5), Sharing())
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), [1.0, float("-inf")], {"a": float("inf")}, 2**63])
 def test_a_parameter_that_could_not_be_stored_is_refused(value: Any) -> None:
     class Free(Strategy):

@@ -13,6 +13,7 @@ from supervision_runs import NEVER, REQUEST, Count, Counter, Gate, Held, market,
 
 import ktrdr_async as kt
 from ktrdr_async.supervision import shielding
+from ktrdr_async.supervision.heart import BEATS_AT_ONCE
 from ktrdr_async.supervision.turns import OperationTurn, Turns, turns_of_this_loop
 from ktrdr_async.supervision.worker import BacktestWorker
 
@@ -381,6 +382,32 @@ async def test_of_many_that_begin_one_does_in_an_iteration(worker: BacktestWorke
         for handle in handles:
             await handle.result()
     assert len(begun) == len(set(begun)) == 60
+
+
+async def test_the_heart_beats_for_fifty_at_a_time(worker: BacktestWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One statement for a thousand would hold the loop for fifteen milliseconds while it is made."""
+    gates = [Gate(5) for _ in range(230)]
+    for n, gate in enumerate(gates):
+        worker.start(REQUEST, f"op{n}", bars=market(), strategy=Held(gate), policy=NEVER)
+    for gate in gates:
+        await gate.reached.wait()
+    told: list[list[str]] = []
+    heartbeat = worker.operations.heartbeat
+
+    async def count(connection: Any, beats: Any) -> Any:
+        told.append([beat.claim.operation_id for beat in beats])
+        return await heartbeat(connection, beats)
+
+    monkeypatch.setattr(worker.operations, "heartbeat", count)
+    assert worker.heart is not None
+    worker.heart.wake()
+    everybody = {f"op{n}" for n in range(230)}
+
+    async def all_told() -> bool:
+        return {named for each in told for named in each} == everybody
+
+    await until(all_told, "a beat for each of them")
+    assert max(map(len, told)) == BEATS_AT_ONCE
 
 
 async def test_threads_work_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

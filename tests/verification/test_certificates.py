@@ -283,3 +283,9 @@ async def test_a_cancelled_verification_leaves_no_process_no_file_and_no_task(
     assert os.listdir(tmp_path) == []
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
     assert asyncio.all_tasks() == tasks
+
+
+async def test_an_await_that_was_cancelled_is_the_strategys_error_and_ends_nothing_else() -> None:
+    bars = kt.Bars.read("synthetic:?bars=200&seed=3")
+    with pytest.raises(kt.StrategyError, match="something that the strategy awaited was cancelled"):
+        await kt.verify(bars, zoo.Cancels())

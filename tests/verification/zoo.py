@@ -297,3 +297,13 @@ class LastWords(kt.Strategy):
 
     def on_end(self, bar: kt.Bar) -> None:
         bar.record(end=random.random())
+
+
+class Cancels(kt.AsyncStrategy):
+    """Awaits what is cancelled."""
+
+    async def on_bar(self, bar: kt.Bar) -> None:
+        if bar.index == 50:
+            never = asyncio.get_running_loop().create_future()
+            never.cancel()
+            await never

@@ -8,9 +8,9 @@ private directory, written and read in threads: sent as arguments they would hol
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib
 import os
-import pickle
 import shutil
 import sys
 import tempfile
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import anyio
 import anyio.to_process
 import msgspec
+import numpy as np
 
 from ktrdr_async.backtesting.decisions import Decided, Targets, checked_features, checked_targets
 from ktrdr_async.errors import InputError, KtrdrError, ParameterError, StrategyError
@@ -30,6 +31,8 @@ from ktrdr_async.strategies.state import check_state, decode_state
 from ktrdr_async.supervision.shielding import finish_or_raise, in_thread
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ktrdr_async.backtesting.engine import BacktestingEngine
     from ktrdr_async.market import Bars
     from ktrdr_async.strategies.base import AnyStrategy
@@ -79,7 +82,8 @@ def spec_of(strategy: AnyStrategy) -> Spec:
             f"{named} can't be imported by another process",
             hint="define it at the top level of a module: not in a function, nor in a notebook's or prompt's own code",
         )
-    if "__mp_main__" in sys.modules:
+    main = sys.modules.get("__main__")
+    if main is None or main.__name__ == "__mp_main__":  # as it is while the other process runs the script
         raise InputError(
             f"{named}: the other process imports this script; what it runs must stand under "
             '`if __name__ == "__main__":`',
@@ -122,12 +126,12 @@ class Elsewhere:
         strategy, bars = engine.strategy, engine.bars
         directory = Path(tempfile.mkdtemp(prefix="ktrdr-async-"))
         try:
-            await in_thread(lambda: _write(directory / _BARS, bars))
+            await in_thread(lambda: _write_bars(directory / _BARS, bars))
             state, lot_size = check_state(strategy.state), engine.request.lot_size
             failed = await _in_process(directory, self._spec, state, lot_size)
             if failed is not None:
                 raise failed
-            answer: Answer = await in_thread(lambda: _read(directory / _ANSWER))
+            answer = await in_thread(lambda: _read_answer(directory / _ANSWER))
         finally:
             await finish_or_raise(lambda: in_thread(lambda: shutil.rmtree(directory, ignore_errors=True)))
         strategy.state = decode_state(answer.state, None if strategy.state is None else type(strategy.state))
@@ -175,7 +179,7 @@ def _compute(directory: str, spec: Spec, state: bytes | None, lot_size: float) -
     """In the other process: answers by a file; gives what was raised."""
     (Path(directory) / _BEGUN).touch()
     try:
-        bars: Bars = _read(Path(directory) / _BARS)
+        bars = _read_bars(Path(directory) / _BARS)
         kind = getattr(importlib.import_module(spec.module), spec.name)
         strategy = kind(**spec.parameters)
         if spec.roots is not None:
@@ -189,7 +193,7 @@ def _compute(directory: str, spec: Spec, state: bytes | None, lot_size: float) -
             features = checked_features(strategy, bars, strategy.prepare(bars), decided)
             answer = Answer(None, {name: rows for name, rows in features.items() if name not in bars.features})
         answer.state = check_state(strategy.state)
-        _write(Path(directory) / _ANSWER, answer)
+        _write_answer(Path(directory) / _ANSWER, answer)
     except BaseException as error:
         return _sendable(error)
     return None
@@ -200,9 +204,12 @@ def _sendable(error: BaseException) -> BaseException:
     where = "".join(traceback.format_tb(error.__traceback__)[1:]).rstrip()
     sent: BaseException = StrategyError(f"the strategy's code raised {type(error).__name__}: {error}")
     if isinstance(error, Exception) and not isinstance(error, StopIteration | StopAsyncIteration):
+        kind = type(error)
+        plain = all(isinstance(each, str | int | float | bytes | None) for each in error.args)
+        known = getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is kind
         try:
-            again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own, of this moment
-            if type(again) is type(error) and str(again) == str(error):
+            again = copy.copy(error)
+            if plain and known and type(again) is kind and str(again) == str(error):
                 sent = error.with_traceback(None)
                 sent.__cause__ = sent.__context__ = None
         except Exception:  # an error whose class makes no other one out of its arguments
@@ -212,26 +219,54 @@ def _sendable(error: BaseException) -> BaseException:
     return sent
 
 
-# Files: a pickle whose arrays follow it as they are. Only this package's own processes write and read them.
+# Files: arrays, and what is plain beside them.
 
 
-def _write(path: Path, value: object) -> None:
-    buffers: list[pickle.PickleBuffer] = []
-    head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-    raws = [buffer.raw() for buffer in buffers]
-    sizes = pickle.dumps([len(head), *(raw.nbytes for raw in raws)])
-    pieces: list[bytes | memoryview] = [len(sizes).to_bytes(8, "little"), sizes, head, *raws]
-    with path.open("wb", buffering=0) as stream:
-        for piece in pieces:
-            rest = memoryview(piece)
-            while rest:
-                rest = rest[stream.write(rest) :]
+def _write(path: Path, plain: dict[str, Any], arrays: list[NDArray[Any]]) -> None:
+    head = np.frombuffer(msgspec.msgpack.encode(plain), np.uint8)
+    with path.open("wb") as stream:
+        np.savez(stream, head, *arrays)
 
 
-def _read(path: Path) -> Any:
-    with path.open("rb") as stream:
-        sizes = pickle.loads(stream.read(int.from_bytes(stream.read(8), "little")))  # noqa: S301 - see above
-        head, *buffers = [bytearray(size) for size in sizes]
-        for piece in (head, *buffers):
-            stream.readinto(piece)
-    return pickle.loads(head, buffers=buffers)  # noqa: S301 - see above
+def _read(path: Path) -> tuple[dict[str, Any], list[NDArray[Any]]]:
+    with np.load(path, allow_pickle=False) as stored:
+        head, *arrays = [stored[f"arr_{number}"] for number in range(len(stored.files))]
+    return msgspec.msgpack.decode(head.tobytes()), arrays
+
+
+def _write_bars(path: Path, bars: Bars) -> None:
+    plain = {
+        "symbols": bars.symbols, "timeframe": bars.timeframe, "features": list(bars.features),
+        "reference": bars.reference,
+    }  # fmt: skip
+    fields = [bars.open, bars.high, bars.low, bars.close, bars.volume]
+    _write(path, plain, [bars.timestamps, *fields, *bars.features.values()])
+
+
+def _read_bars(path: Path) -> Bars:
+    from ktrdr_async.market.bars import Bars
+
+    plain, (times, *columns) = _read(path)
+    return Bars(
+        times,
+        columns[:5],
+        symbols=tuple(plain["symbols"]),
+        timeframe=plain["timeframe"],
+        features=dict(zip(plain["features"], columns[5:], strict=True)),
+        reference=plain["reference"],
+    )
+
+
+def _write_answer(path: Path, answer: Answer) -> None:
+    features = answer.features
+    plain = {
+        "state": answer.state, "by_weight": answer.by_weight, "features": None if features is None else list(features)
+    }  # fmt: skip
+    _write(path, plain, [answer.places, answer.values] if features is None else list(features.values()))
+
+
+def _read_answer(path: Path) -> Answer:
+    plain, arrays = _read(path)
+    if plain["features"] is None:
+        return Answer(plain["state"], None, plain["by_weight"], *arrays)
+    return Answer(plain["state"], dict(zip(plain["features"], arrays, strict=True)), plain["by_weight"])

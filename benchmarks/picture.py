@@ -94,8 +94,8 @@ def main() -> None:
     rows = rows_of("peers.py", "--bars", str(given.bars), "--repeat", str(given.repeat), "--no-cold")
     lags = [
         row
-        for row in rows_of("loop_lag.py", "--operations", "1", "10", "100")
-        if row.get("probe", "ticker") == "ticker" and row.get("part", "bars") == "bars"
+        for row in rows_of("loop_lag.py", "--operations", "1", "10", "100", "--jobs", "weights", "on_bar")
+        if row["what"] == "ticker" and row["part"] == "bars"
     ]
     (HERE / "speed.svg").write_text(picture(rows), encoding="utf-8")
     print(table(rows, lags))

@@ -95,6 +95,19 @@ async def test_built_ins_come_to_the_same_digest_in_both_tiers(compiled: None, n
     assert fills > 20
 
 
+async def test_pieces_end_between_boundaries_and_lose_no_decision(compiled: None) -> None:
+    """Compiled code computes pieces of blocks; what is decided at a piece's last bar counts in the next one."""
+    for symbols, bars in (("A", 40_000), ("A,B,C", 14_000)):
+        data, digests = kt.Bars.read(f"synthetic:?bars={bars}&seed=7&symbols={symbols}"), set()
+        for tier in ("interpreted", "compiled"):
+            strategy = kt.SmaCross(fast=1, slow=2, quantity=1.0)
+            engine = kt.BacktestingEngine(kt.BacktestRequest(), data, strategy, tier=tier, block_bars=70)  # type: ignore[arg-type]
+            results = await finish(engine, audited=False)
+            digests.add(results.digest)
+        assert len(results.ledger) > bars / 3  # a decision at about every other bar, at ends of pieces too
+        assert len(digests) == 1, symbols
+
+
 @pytest.mark.parametrize(
     "kind", [Busy, Looking, *list(BUILT_INS.values())[:2]], ids=["busy", "looking", "sma", "short"]
 )

@@ -28,7 +28,11 @@ import msgspec
 
 logger = logging.getLogger("ktrdr_async.compiling")
 
-SOURCES = ("ktrdr_async.strategies.kernels", "ktrdr_async.backtesting.execution")
+SOURCES = (  # in the order in which they import each other
+    "ktrdr_async.strategies.kernels",
+    "ktrdr_async.backtesting.execution",
+    "ktrdr_async.backtesting.packed",
+)
 CACHE_VARIABLE = "XDG_CACHE_HOME"
 
 _modules: dict[str, ModuleType] = {}
@@ -125,6 +129,8 @@ def _double(source: str, numba: ModuleType, directory: Path | None) -> tuple[Mod
             if isinstance(value, FunctionType) and value.__module__ == name:
                 setattr(module, each, made := numba.njit(value, **options))
                 functions.append(made)
+            elif isinstance(value, ModuleType) and value.__name__ in _modules:
+                setattr(module, each, _modules[value.__name__])  # compiled code calls compiled code
             elif isinstance(value, type) and value.__module__ == name:
                 setattr(module, each, getattr(original, each))  # records are one type in both
     finally:

@@ -25,8 +25,10 @@ class PositionOf:
     @property
     def quantity(self) -> float:
         """Signed units held."""
-        account = self._account
-        return float(account._book.lots[self._symbol] * account._lot_size)
+        account, portfolio = self._account, self._account._portfolio
+        if portfolio.quiet_until < account._bar._start + account._bar._i:
+            portfolio.settle(account._bar.index)
+        return portfolio.lots[self._symbol] * account._lot_size
 
     @property
     def price(self) -> float:
@@ -50,14 +52,14 @@ class PositionOf:
 class AccountView:
     """The account at this bar's close, for strategies; read-only. It is brought up to the bar when it is looked at."""
 
-    __slots__ = ("_bar", "_index_of", "_lot_size", "_portfolio", "_positions")
+    __slots__ = ("_bar", "_lot_size", "_portfolio", "_positions", "_symbols")
 
     def __init__(self, portfolio: Portfolio, symbols: Sequence[str]) -> None:
         self._portfolio = portfolio
         self._lot_size = portfolio.terms.lot_size
-        self._index_of = {name: position for position, name in enumerate(symbols)}
-        self._positions = [PositionOf(self, position) for position in range(len(symbols))]
-        self._bar: Bar | None = None
+        self._symbols = symbols
+        self._positions: dict[int | str, PositionOf] = {j: PositionOf(self, j) for j in range(len(symbols))}
+        self._positions.update({name: self._positions[j] for j, name in enumerate(symbols)})
 
     def follow(self, bar: Bar) -> None:
         """Looks at the account at the bar that this object stands for."""
@@ -66,18 +68,24 @@ class AccountView:
     @property
     def _book(self) -> ex.Book:
         portfolio, bar = self._portfolio, self._bar
-        if bar is not None and portfolio.next_bar <= bar._start + bar._i:
+        if portfolio.next_bar <= bar.index:
             portfolio.advance(bar.index + 1)
         return portfolio.book
 
     def _trades(self) -> TradeBook:
-        _ = self._book
+        self._settle()
         return self._portfolio.trades()
+
+    def _settle(self) -> None:
+        # Bars at which cash and lots stay what they are needn't be computed for those who look at no more.
+        if self._portfolio.quiet_until < self._bar.index:
+            self._portfolio.settle(self._bar.index)
 
     @property
     def cash(self) -> float:
         """Account currency."""
-        return float(self._book.money[ex.CASH])
+        self._settle()
+        return float(self._portfolio.book.money[ex.CASH])
 
     @property
     def equity(self) -> float:
@@ -85,9 +93,7 @@ class AccountView:
         return float(self._book.money[ex.EQUITY])
 
     def __getitem__(self, symbol: int | str) -> PositionOf:
-        if type(symbol) is int and 0 <= symbol < len(self._positions):
+        try:
             return self._positions[symbol]
-        position = self._index_of.get(symbol) if isinstance(symbol, str) else symbol
-        if position is None or not 0 <= position < len(self._positions):
-            raise OrderError(f"there is no symbol {symbol!r}; there are: {', '.join(self._index_of)}")
-        return self._positions[position]
+        except KeyError:
+            raise OrderError(f"there is no symbol {symbol!r}; there are: {', '.join(self._symbols)}") from None

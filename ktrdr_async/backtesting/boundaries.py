@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 
 from ktrdr_async.backtesting import execution as ex
+from ktrdr_async.backtesting import packed
 
 if TYPE_CHECKING:
-    from ktrdr_async.backtesting.tiers import Tier
+    from numpy.typing import NDArray
 
 
 class Boundary(msgspec.Struct, frozen=True):
@@ -22,43 +24,66 @@ class Boundary(msgspec.Struct, frozen=True):
     strategy_state: bytes | None
 
 
-class Ahead:
-    """The boundaries of a piece that was computed at once; a `Boundary` is made of one when somebody looks at it."""
+class Kept:
+    """The account at some boundaries, as compiled code left it; a `Boundary` is made of one when somebody looks."""
 
-    def __init__(self, ends: list[int], kept: ex.Book, fills: list[int], events: int, widths: list[int]) -> None:
+    def __init__(self, ends: list[int], ints: NDArray[np.int64], floats: NDArray[np.float64], events: int) -> None:
         self.ends = ends  # bars
-        self.fills = [events + count for count in fills]  # ledger events, at each
-        self._kept, self._widths = kept, widths
+        self.ints, self.floats = ints, floats  # a row a boundary, as in `packed`
+        self._events = events  # ledger events before the first row of `ints[:, 0]`
+
+    def fills(self) -> list[int]:
+        """Ledger events, at each."""
+        return (self.ints[:, 0] + self._events).tolist()  # type: ignore[no-any-return]
 
     def money(self, which: int) -> list[float]:
-        """Cash or equity at each."""
-        return self._kept.money[which :: self._widths[0]].tolist()[: len(self.ends)]  # type: ignore[no-any-return]
+        """Cash or equity, at each."""
+        return self.floats[:, which].tolist()  # type: ignore[no-any-return]
 
     def trades(self) -> list[int]:
         """Trades that have ended, at each."""
-        return self._kept.tally[ex.TRADES :: ex.TALLIES].tolist()[: len(self.ends)]  # type: ignore[no-any-return]
+        return self.ints[:, 1 + ex.TRADES].tolist()  # type: ignore[no-any-return]
 
-    def boundary(self, m: int, strategy_state: bytes | None) -> Boundary:
+    def boundary(self, m: int, recorded: int, strategy_state: bytes | None) -> Boundary:
         """The m-th one, whole."""
-        columns = zip(self._kept, self._widths, strict=True)
-        book = ex.Book(*(column[m * width : (m + 1) * width].tolist() for column, width in columns))
-        return Boundary(self.ends[m], book, self.fills[m], 0, strategy_state)
+        ints, floats = self.ints[m], np.append(np.zeros(packed.TERMS), self.floats[m])
+        book = packed.book_of(ints, floats, (len(ints) - 1 - ex.TALLIES) // 5)
+        lists = ex.Book(*(column.tolist() for column in book))
+        return Boundary(self.ends[m], lists, self._events + int(ints[0]), recorded, strategy_state)
 
 
-def new_book(tier: Tier, cash: float, k: int) -> ex.Book:
+class Memory:
+    """The account and room for `size` fills, as compiled code is called with them; `book` and `fills` are views."""
+
+    def __init__(self, terms: ex.Terms, cash: float, k: int, size: int) -> None:
+        self.ints = np.zeros(packed.ints_kept(k) + packed.INTS * size, np.int64)
+        self.floats = np.zeros(packed.TERMS + packed.floats_kept(k) + packed.FLOATS * size)
+        self.floats[: packed.TERMS] = terms
+        self.book = packed.book_of(self.ints, self.floats, k)
+        self.fills = packed.fills_of(self.ints, self.floats, k)
+        self._kept_ints = self.ints[None, : packed.ints_kept(k)]
+        self._kept_floats = self.floats[None, packed.TERMS : packed.TERMS + packed.floats_kept(k)]
+        for mine, column in zip(self.book, new_book(cash, k), strict=True):
+            mine[:] = column
+
+    def kept(self, bar: int, events: int) -> Kept:
+        """A copy of the account at the boundary after `bar`; `events` are in the ledger already."""
+        return Kept([bar], self._kept_ints.copy(), self._kept_floats.copy(), events)
+
+
+def new_book(cash: float, k: int) -> ex.Book:
     """An account of k symbols before the first bar."""
     nan = float("nan")
     tally = [0] * ex.TALLIES
     tally[ex.RUINED_AT] = -1
-    ints, floats = tier.ints, tier.floats
     return ex.Book(
-        money=floats([cash, cash]), tally=ints(tally), lots=ints([0] * k), mark=floats([nan] * k),
-        waiting=ints([0] * k), waiting_reason=ints([0] * k), waiting_tag=ints([ex.NO_TAG] * k),
-        zero_lots=ints([0] * k), zero_target=floats([0.0] * k), zero_lot_value=floats([0.0] * k),
+        money=[cash, cash], tally=tally, lots=[0] * k, mark=[nan] * k, waiting=[0] * k, waiting_reason=[0] * k,
+        waiting_tag=[ex.NO_TAG] * k, zero_lots=[0] * k, zero_target=[0.0] * k, zero_lot_value=[0.0] * k,
     )  # fmt: skip
 
 
-def room(tier: Tier, size: int) -> ex.Fills:
+def room(size: int) -> ex.Fills:
     """Room for `size` fills."""
-    count, whole = tier.ints([0]), [tier.int_room(size) for _ in range(7)]
-    return ex.Fills(count, *whole[:4], *(tier.float_room(size) for _ in range(3)), *whole[4:])
+    bar, symbol, lots, requested, part, reason, tag = ([0] * size for _ in range(packed.INTS))
+    price, fee, cash = ([0.0] * size for _ in range(packed.FLOATS))
+    return ex.Fills([0], bar, symbol, lots, requested, price, fee, cash, part, reason, tag)

@@ -164,14 +164,6 @@ def _check(targets: Targets, bars: Bars, what: str, lot_size: float | None) -> N
         refuse(np.abs(values) / lot_size >= MAX_LOTS, f"is more than 2**53 lots of {lot_size}")
 
 
-def lots_of(quantities: NDArray[np.float64], lot_size: float) -> NDArray[np.float64]:
-    """`execution.lots_of_quantity` of signed units, float64[m], a whole column at a time."""
-    size = np.abs(quantities) / lot_size
-    lots = np.floor(size)
-    lots[(lots + 1) - size <= np.minimum(1e-9 * (lots + 1), 0.5)] += 1
-    return np.where(quantities < 0, -lots, lots)
-
-
 def checked_features(strategy: Any, bars: Bars, given: Any, decided: Decided) -> dict[str, NDArray[np.float64]]:
     """The features of `prepare` beside those of the data: name -> float64[n] or float64[n, m], read-only.
 

@@ -11,7 +11,7 @@ import numpy as np
 from ktrdr_async import compiling
 from ktrdr_async.backtesting import execution as ex
 from ktrdr_async.backtesting.account import AccountView
-from ktrdr_async.backtesting.boundaries import Ahead, Boundary
+from ktrdr_async.backtesting.boundaries import Boundary, Kept
 from ktrdr_async.backtesting.checkpoint_builder import counters_of, recorded_values
 from ktrdr_async.backtesting.curve import equity_curve
 from ktrdr_async.backtesting.decisions import Decided, checked_features, checked_targets
@@ -22,7 +22,7 @@ from ktrdr_async.backtesting.results import BacktestResults, Unfilled
 from ktrdr_async.backtesting.tiers import INTERPRETED, TierName, tier_of
 from ktrdr_async.backtesting.turn import NoTurn, Turn
 from ktrdr_async.errors import CheckpointCorruptedError, OrderError, StrategyError
-from ktrdr_async.strategies.bar import QUANTITY, WEIGHT, Bar  # the kinds have the numbers of `execution`'s
+from ktrdr_async.strategies.bar import ORDER, Bar  # its kinds have the numbers of `execution`'s
 from ktrdr_async.strategies.base import AnyStrategy, AsyncStrategy, Strategy, WeightStrategy
 from ktrdr_async.strategies.state import check_declared, check_state, decode_state, encode_state
 
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from ktrdr_async.market import Bars
 
 BLOCK_BARS = 100
-_MOST_VALUES = 65_536  # symbol-bars of the largest block that an account is computed over at once
-_BARS_A_STEP = 4  # bars between two looks up to which an account had better be kept up bar by bar
-_BARS_A_LOOK = 25  # bars between two looks at the account from which on compiled code computes it faster
 KERNELS = "ktrdr_async.strategies.kernels"
 _ENDS_MORE = (StopIteration, StopAsyncIteration, GeneratorExit, SystemExit, KeyboardInterrupt)
 _WINDOW_VALUES = 4096  # values of a column that are turned into Python floats at a time
@@ -98,14 +95,11 @@ class BacktestingEngine:
         self._equity = np.full(len(bars), np.nan)
         self._targets_known = isinstance(strategy, WeightStrategy)
         self._tier = tier_of(tier)
-        self._portfolio = Portfolio(
-            request, bars, self._equity, self._tier if self._targets_known else INTERPRETED, block_bars
-        )
+        self._portfolio = Portfolio(request, bars, self._equity, self._tier, block_bars)
         self._decided = Decided(strategy.warmup)
-        self._stepping = False  # the account is looked at so often that it is kept up bar by bar
         self._window = (0, 0)  # bars whose rows the strategy's bar holds as floats
         self._boundary = self._portfolio.boundary(-1, self._initial_state)
-        self._ahead: tuple[Ahead, int] | None = None  # where the boundary is, while nobody has looked at it
+        self._kept: tuple[Kept, int, int, bytes | None] | None = None  # what it is made of, until somebody looks at it
         self._state: bytes | None = None  # of a strategy whose targets are known: it doesn't change any more
         self._unfilled: tuple[Unfilled, ...] = ()
         self._bar: Bar | None = None  # with `_hooks`: None where targets are known
@@ -116,9 +110,9 @@ class BacktestingEngine:
     @property
     def boundary(self) -> Boundary:
         """The last boundary: the whole state at the last yield, also after an interruption inside a block."""
-        if self._ahead is not None:
-            ahead, m = self._ahead
-            self._boundary, self._ahead = ahead.boundary(m, self._state), None
+        if self._kept is not None:
+            kept, m, recorded, state = self._kept
+            self._boundary, self._kept = kept.boundary(m, recorded, state), None
         return self._boundary
 
     @property
@@ -170,9 +164,9 @@ class BacktestingEngine:
             n, size, portfolio = len(self.bars), self._block_bars, self._portfolio
             while first < n:
                 if self._targets_known and self._tier is not INTERPRETED:
-                    ahead = portfolio.advance_blocks(min(n, first + portfolio.piece))
-                    for m, block in enumerate(self._blocks(ahead)):
-                        self._ahead = ahead, m
+                    kept = portfolio.advance_blocks(min(n, first + portfolio.piece))
+                    for m, block in enumerate(self._blocks(kept)):
+                        self._kept = kept, m, 0, self._state
                         yield block
                     first = portfolio.next_bar
                     if self._turn.clock() >= self._turn.deadline:
@@ -215,27 +209,26 @@ class BacktestingEngine:
             noticed=self.noticed,
         )
 
-    def _block(self) -> Block:
-        boundary = self._boundary
-        money, tally = boundary.book.money, boundary.book.tally
-        at = boundary.bar_index
-        return Block(
-            at, int(self.bars.timestamps[at]), money[ex.EQUITY], money[ex.CASH], boundary.events, tally[ex.TRADES]
-        )
-
     def _settle(self, stop: int, strategy_state: bytes | None) -> Block:
         """Brings the account to the boundary after bar stop - 1."""
+        portfolio, at = self._portfolio, stop - 1
         try:
-            self._portfolio.reach(stop)
+            portfolio.advance(stop, whole=True)
         except OrderError as error:
             self._name_bar(error, error.bar_index)
             raise
-        self._boundary = self._portfolio.boundary(stop - 1, strategy_state)
-        return self._block()
+        kept = portfolio.kept(at)
+        if kept is None:
+            self._boundary = portfolio.boundary(at, strategy_state)
+        else:
+            self._kept = kept, 0, len(portfolio.recorded), strategy_state
+        book, time = portfolio.book, int(self.bars.timestamps[at])
+        cash, equity = float(book.money[ex.CASH]), float(book.money[ex.EQUITY])
+        return Block(at, time, equity, cash, portfolio.event_count, int(book.tally[ex.TRADES]))
 
-    def _blocks(self, ahead: Ahead) -> Iterable[Block]:
-        times = self.bars.timestamps[np.array(ahead.ends, np.int64)].tolist()
-        return map(Block, ahead.ends, times, ahead.money(ex.EQUITY), ahead.money(ex.CASH), ahead.fills, ahead.trades())
+    def _blocks(self, kept: Kept) -> Iterable[Block]:
+        times = self.bars.timestamps[np.array(kept.ends, np.int64)].tolist()
+        return map(Block, kept.ends, times, kept.money(ex.EQUITY), kept.money(ex.CASH), kept.fills(), kept.trades())
 
     # Before the first bar.
 
@@ -309,14 +302,6 @@ class BacktestingEngine:
         waits = isinstance(strategy, AsyncStrategy)
         on_bar: Callable[[Bar], Any] = strategy.on_bar
         begins = max(0, strategy.warmup - 1)
-        if self._tier is not INTERPRETED and not cast("Hooks", self._hooks).wanted:
-            # A call of compiled code pays for itself where it brings the account over many bars.
-            pays = not self._stepping and portfolio.looks * _BARS_A_LOOK <= self._block_bars <= _MOST_VALUES // self._k
-            portfolio.hold_as(self._tier if pays else INTERPRETED)
-        if not self._stepping or first // self._block_bars % 32 == 0:
-            self._stepping = portfolio.looks * _BARS_A_STEP > self._block_bars
-        stepping = self._stepping and portfolio.tier is INTERPRETED
-        portfolio.looks = 0
         hooks, told = cast("Hooks", self._hooks), cast("Hooks", self._hooks).wanted
         deadline = turn.deadline
         at = first
@@ -329,8 +314,6 @@ class BacktestingEngine:
                 if not (told or waits) and at >= begins:
                     for i in range(at - start, min(stop, end) - start):
                         bar._i = i
-                        if stepping:
-                            portfolio.step(start + i)
                         on_bar(bar)
                         if bar._said:
                             self._listen(bar)
@@ -341,9 +324,9 @@ class BacktestingEngine:
                     continue
                 for at in range(at, min(stop, end)):  # noqa: B020 - an error names it
                     bar._i = at - start
-                    if told:
+                    if told and portfolio.quiet_until < at:
                         before = portfolio.event_count
-                        portfolio.advance(at + 1)
+                        portfolio.settle(at)
                         if portfolio.event_count > before:
                             await hooks.tell_fills(bar, portfolio.event_count - before)
                             deadline = turn.deadline
@@ -399,8 +382,8 @@ class BacktestingEngine:
         decisions = bar._decisions
         for j in sorted(decisions) if len(decisions) > 1 else decisions:
             kind, value, tag = decisions[j]
-            if kind != WEIGHT:
-                quantities, value = (value,) if kind == QUANTITY else value, 0
+            if kind == ORDER:
+                quantities, value = value, 0
                 for quantity in quantities:
                     lots = ex.lots_of_quantity(quantity, portfolio.terms.lot_size)
                     if not -ex.MAX_LOTS < lots < ex.MAX_LOTS:

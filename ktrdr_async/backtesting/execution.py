@@ -23,7 +23,7 @@ WAITING, CUT, CUT_TO_ZERO, TRADES, RUINED_AT, REFUSED, ORDERED_ROWS = range(7)  
 TALLIES = 7
 OPENING, CLOSING = 0, 1  # parts of a fill
 ORDER, RUIN, FORCED_CLOSE = 0, 1, 2  # reasons of a fill
-BY_WEIGHT, TO_LOTS, MORE_LOTS = 0, 1, 2  # kinds of a decision: to a weight, to lots, so many lots more (as in `Bar`)
+BY_WEIGHT, TO_UNITS, MORE_LOTS = 0, 1, 2  # kinds of a decision: to a weight, to units, so many lots more (as in `Bar`)
 NO_TAG = -1
 NO_BAR = 2**62  # the bar of a decision that isn't there: after every other
 MAX_LOTS = 2**53  # a count of lots is exact as a float64 up to here
@@ -60,7 +60,7 @@ class Decisions(NamedTuple):
     bar: Ints  # at whose close it was decided
     symbol: Ints
     kind: Ints
-    value: Floats  # a weight, or signed lots
+    value: Floats  # a weight, signed units, or signed lots
     tag: Ints
 
 
@@ -147,6 +147,14 @@ def decide_weight(book: Book, terms: Terms, symbol: int, weight: float, tag: int
                 book.zero_target[symbol] = abs(weight) * book.money[EQUITY]
                 book.zero_lot_value[symbol] = notional(1, terms.lot_size, book.mark[symbol])
             book.zero_lots[symbol] += 1
+    return decide_target(book, terms, symbol, target, tag)
+
+
+def decide_units(book: Book, terms: Terms, symbol: int, quantity: float, tag: int) -> int:
+    """Orders what leads to a signed quantity. Returns the order, or MAX_LOTS: too many lots."""
+    target = lots_of_quantity(quantity, terms.lot_size)
+    if target == MAX_LOTS or target == -MAX_LOTS:
+        return MAX_LOTS
     return decide_target(book, terms, symbol, target, tag)
 
 
@@ -296,6 +304,32 @@ def mark_bars(
     return taken
 
 
+def quiet_bars(book: Book, lot_size: float, k: int, closes: Floats, row: int, count: int) -> int:
+    """How many bars from `row` on, up to `count`, leave cash and lots alone where nothing waits: all but after ruin."""
+    for i in range(count):
+        equity: float = book.money[CASH]
+        held = False
+        for j in range(k):
+            if book.lots[j] != 0:
+                held = True
+                equity += book.lots[j] * lot_size * _close_before(book, k, closes, row, i, j)
+        if not held:
+            return count
+        if equity <= 0.0:
+            return i + 1
+    return count
+
+
+def _close_before(book: Book, k: int, closes: Floats, row: int, i: int, j: int) -> float:
+    """Symbol j's last close, of the rows row..row+i or before."""
+    while i >= 0:
+        close: float = closes[(row + i) * k + j]
+        if close == close:
+            return close
+        i -= 1
+    return float(book.mark[j])
+
+
 def go_bust(book: Book, k: int, bar: int) -> None:
     """Equity is gone at this close: everything held is closed at its next open, and nothing opens again."""
     book.tally[RUINED_AT] = bar
@@ -317,8 +351,8 @@ def carry_out(book: Book, terms: Terms, decisions: Decisions, upto: int) -> int:
         else:
             if kind == BY_WEIGHT:
                 order = decide_weight(book, terms, symbol, value, tag)
-            elif kind == TO_LOTS:
-                order = decide_target(book, terms, symbol, int(value), tag)
+            elif kind == TO_UNITS:
+                order = decide_units(book, terms, symbol, value, tag)
             else:
                 order = book.waiting[symbol] + int(value)
                 if order >= MAX_LOTS or order <= -MAX_LOTS:
@@ -371,72 +405,6 @@ def run_bars(
         if book.money[EQUITY] <= 0.0 and book.tally[RUINED_AT] < 0:
             go_bust(book, k, bar + i - 1)
     return -1
-
-
-def run_block(
-    book: Book,
-    terms: Terms,
-    k: int,
-    opens: Floats,
-    closes: Floats,
-    bar: int,
-    stop: int,
-    decisions: Decisions,
-    equity: Floats,
-    fills: Fills,
-) -> int:
-    """`run_bars` over the bars bar..stop-1 of whole columns, and what was decided at the last of them."""
-    failed = run_bars(book, terms, k, opens, closes, bar, bar, stop - bar, decisions, equity, bar, fills)
-    if failed < 0:
-        failed = carry_out(book, terms, decisions, stop - 1)
-    return failed
-
-
-def run_blocks(
-    book: Book,
-    terms: Terms,
-    k: int,
-    opens: Floats,
-    closes: Floats,
-    bar: int,
-    stop: int,
-    boundaries: int,
-    ends: Ints,
-    decisions: Decisions,
-    equity: Floats,
-    fills: Fills,
-    kept: Book,
-    kept_fills: Ints,
-) -> int:
-    """Computes the bars bar..stop-1 of whole columns, and keeps the book of each boundary: after the bars `ends`.
-
-    The book of the m-th one goes to place m of `kept`, whose columns are as many books long, and the number of fills
-    since `bar` to kept_fills[m]. Returns what `run_bars` does.
-    """
-    for m in range(boundaries):
-        failed = run_block(book, terms, k, opens, closes, bar, ends[m] + 1, decisions, equity, fills)
-        if failed >= 0:
-            return failed
-        _keep(book, kept, m, k)
-        kept_fills[m] = fills.count[0]
-        bar = ends[m] + 1
-    return run_block(book, terms, k, opens, closes, bar, stop, decisions, equity, fills)
-
-
-def _keep(book: Book, kept: Book, m: int, k: int) -> None:
-    for i in range(2):
-        kept.money[2 * m + i] = book.money[i]
-    for i in range(TALLIES):
-        kept.tally[TALLIES * m + i] = book.tally[i]
-    for j in range(k):
-        kept.lots[k * m + j] = book.lots[j]
-        kept.mark[k * m + j] = book.mark[j]
-        kept.waiting[k * m + j] = book.waiting[j]
-        kept.waiting_reason[k * m + j] = book.waiting_reason[j]
-        kept.waiting_tag[k * m + j] = book.waiting_tag[j]
-        kept.zero_lots[k * m + j] = book.zero_lots[j]
-        kept.zero_target[k * m + j] = book.zero_target[j]
-        kept.zero_lot_value[k * m + j] = book.zero_lot_value[j]
 
 
 def close_all(book: Book, terms: Terms, k: int, bar: int, fills: Fills) -> None:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ktrdr_async.backtesting import execution as ex
-from ktrdr_async.backtesting.boundaries import Ahead, Boundary, new_book, room
+from ktrdr_async.backtesting import packed
+from ktrdr_async.backtesting.boundaries import Boundary, Kept, Memory, new_book, room
 from ktrdr_async.backtesting.curve import last_closes
-from ktrdr_async.backtesting.decisions import Targets, lots_of
+from ktrdr_async.backtesting.decisions import Targets
 from ktrdr_async.backtesting.ledger import REASONS, Ledger, LedgerDigest, PriceRange, Trade, TradeBook
 from ktrdr_async.backtesting.tiers import INTERPRETED, Tier
 from ktrdr_async.errors import CheckpointCorruptedError, OrderError
@@ -30,11 +31,8 @@ if TYPE_CHECKING:
 
 Recorded = tuple[int, str, float]  # bar, name, value
 _WINDOW_VALUES = 4096  # values of a column that are turned into Python floats at a time
-_ROOM_BLOCKS = 16  # blocks for whose fills there is room in compiled code
-_NOTHING_SAID = ex.Decisions(
-    np.zeros(1, np.int64), np.array([ex.NO_BAR]), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0),
-    np.zeros(0, np.int64),
-)  # fmt: skip
+_QUIET_BARS = 32  # that plain Python looks ahead
+_NOTHING_SAID = np.array([0, ex.NO_BAR]), np.zeros(0)
 
 
 class Portfolio:
@@ -48,14 +46,18 @@ class Portfolio:
     ) -> None:
         self.k = len(bars.symbols)
         self.terms = ex.Terms(request.commission, request.slippage, request.lot_size, request.min_trade)
-        self.book = new_book(tier, request.initial_capital, self.k)
+        self.piece = max(1, tier.piece_values // self.k)  # bars that are computed at a time
+        size = 2 * self.k * min(self.piece, len(bars) + 1)
+        self._memory = None if tier is INTERPRETED else Memory(self.terms, request.initial_capital, self.k, size)
+        self.book = new_book(request.initial_capital, self.k) if self._memory is None else self._memory.book
+        self._fills = room(size) if self._memory is None else self._memory.fills
+        self._room = self._room_bars = size // (2 * self.k)  # bars whose fills there is room for, in all and now
         self.tags: list[str] = []
         self._ledger = Ledger(tags=self.tags)
         self.recorded: list[Recorded] = []
-        self.looks = 0  # how often the account was brought up to a bar
         self.next_bar = 0  # the account stands at the close of the bar before
-        self.piece = max(1, tier.piece_values // self.k)  # bars that are computed at a time
-        self._fills = room(tier, 2 * self.k * min(self.piece, len(bars) + 1))
+        self.lots: list[int] = self.book.lots[:]  # signed, held at the close of `quiet_until`
+        self.quiet_until = -1  # the last bar at whose close cash and lots are known to be what they are now
         self.tier = tier
         self._bars = bars
         self._block_bars = block_bars
@@ -64,9 +66,9 @@ class Portfolio:
         self._by_weight = True
         self._decisions = ex.Decisions([0], [ex.NO_BAR], [], [], [], [])
         self._window = (0, 0)
-        whole = tier is not INTERPRETED
-        self._opens: Any = tier.flat(bars.open) if whole else []
-        self._closes: Any = tier.flat(bars.close) if whole else []
+        whole = self._memory is not None
+        self._opens: Any = bars.open.ravel() if whole else []  # flat; whole columns, or the window's
+        self._closes: Any = bars.close.ravel() if whole else []
         self._piece_equity = [0.0] * max(1, INTERPRETED.piece_values // self.k)
         self._initial_capital = request.initial_capital
         self._tag_numbers: dict[str, int] = {}
@@ -84,6 +86,7 @@ class Portfolio:
 
     def decide(self, bar: int, symbol: int, kind: int, value: float, tag: int) -> None:
         """Takes one decision at the close of `bar`; they come in the order of bars."""
+        self.quiet_until = min(self.quiet_until, bar)
         decisions = self._decisions
         decisions.bar[-1] = bar
         decisions.bar.append(ex.NO_BAR)
@@ -92,17 +95,17 @@ class Portfolio:
         decisions.value.append(value)
         decisions.tag.append(tag)
 
-    def advance(self, stop: int) -> None:
-        """Brings the account up to the close of bar stop - 1. What was decided there still is to come.
+    def advance(self, stop: int, *, whole: bool = False) -> None:
+        """Brings the account up to the close of bar stop - 1, and `whole` to the boundary after it.
+
+        What was decided at that close is made orders of only where it is whole.
 
         Raises:
             OrderError: if a decision comes to more lots than count exactly; it names the bar.
         """
-        self.looks += 1
-        if self.tier is not INTERPRETED:
-            self._advance_compiled(stop)
+        if self._memory is not None:
+            self._advance_compiled(self._memory, stop, whole)
             return
-        fills = self._fills
         while self.next_bar < stop:
             at = self.next_bar
             if not self._window[0] <= at < self._window[1]:
@@ -113,88 +116,73 @@ class Portfolio:
             equity = self._piece_equity
             failed = ex.run_bars(
                 self.book, self.terms, self.k, self._opens, self._closes, at - start, at, count, self._decisions,
-                equity, 0, fills,
+                equity, 0, self._fills,
             )  # fmt: skip
             if failed >= 0:
                 raise self.too_many_lots(failed)
             self._equity[at : at + count] = equity[:count]
             self.take_fills()
             self.next_bar = at + count
-
-    def step(self, bar: int) -> None:
-        """`advance` by one bar, for an account that is looked at all the time."""
-        book, tally = self.book, self.book.tally
-        quiet = tally[ex.WAITING] == 0 and self._decisions.bar[self._decisions.next[0]] == ex.NO_BAR
-        if not quiet or not self._window[0] <= bar < self._window[1] or self.next_bar != bar:
-            self.advance(bar + 1)
-            return
-        equity = self._piece_equity
-        ex.mark_bars(book, self.terms.lot_size, self.k, self._closes, bar - self._window[0], equity, 0, 1)
-        self._equity[bar] = value = equity[0]
-        self.next_bar = bar + 1
-        if value <= 0.0 and tally[ex.RUINED_AT] < 0:
-            ex.go_bust(book, self.k, bar)
-
-    def _advance_compiled(self, stop: int) -> None:
-        decisions, at = self._said(), self.next_bar
-        self._make_room(stop - at)
-        failed = self.tier.kernel.run_bars(
-            self.book, self.terms, self.k, self._opens, self._closes, at, at, stop - at, decisions, self._equity, at,
-            self._fills,
-        )  # fmt: skip
-        if failed >= 0:
-            raise self.too_many_lots(int(failed))
-        self.next_bar = stop
-        self._forget_said(int(decisions.next[0]))
-
-    def reach(self, stop: int) -> None:
-        """`advance` and `carry_out`: brings the account to the boundary after bar stop - 1."""
-        if self.tier is INTERPRETED or self.next_bar >= stop:
-            self.advance(stop)
+        if whole:
             self.carry_out()
+
+    def _advance_compiled(self, memory: Memory, stop: int, whole: bool) -> None:
+        said, values = self._said()
+        at = self.next_bar
+        while True:
+            end = stop if at < stop <= at + self.piece else min(max(at, stop), at + self.piece)
+            if end - at > self._room_bars:
+                self.take_fills()
+            failed = self.tier.kernel.advance(
+                memory.ints, memory.floats, self.k, self._opens, self._closes, at, end,
+                1 if whole and end >= stop else 0, said, values, self._equity,
+            )  # fmt: skip
+            if failed >= 0:
+                raise self.too_many_lots(failed)
+            self._room_bars -= end - at
+            self.next_bar = at = end
+            if end >= stop:
+                break
+        if len(said) > 2:
+            self._forget_said(int(said[0]))
+
+    def settle(self, bar: int) -> None:
+        """`advance` to the close of `bar`, and a look ahead: up to `quiet_until` cash and lots stay what they are."""
+        if self.next_bar <= bar:
+            self.advance(bar + 1)
+        self.quiet_until = bar
+        self.lots = self.book.lots if self._memory is None else self.book.lots.tolist()
+        decisions = self._decisions
+        if self.book.tally[ex.WAITING] or decisions.bar[decisions.next[0]] != ex.NO_BAR:
             return
-        decisions = self._said()
-        self._make_room(stop - self.next_bar)
-        failed = self.tier.kernel.run_block(
-            self.book, self.terms, self.k, self._opens, self._closes, self.next_bar, stop, decisions, self._equity,
-            self._fills,
-        )  # fmt: skip
-        if failed >= 0:
-            raise self.too_many_lots(int(failed))
-        self.next_bar = stop
-        self._forget_said(int(decisions.next[0]))
+        stop = min(len(self._bars), (bar // self._block_bars + 1) * self._block_bars)
+        if self._memory is not None:
+            quiet = self.tier.kernel.quiet_bars(
+                self._memory.ints, self._memory.floats, self.k, self._closes, bar + 1, stop - bar - 1
+            )
+        else:
+            start, end = self._window
+            count = min(stop, end, bar + _QUIET_BARS) - bar - 1 if start <= bar + 1 else 0
+            quiet = ex.quiet_bars(self.book, self.terms.lot_size, self.k, self._closes, bar + 1 - start, count)
+        self.quiet_until = bar + quiet
 
     def carry_out(self) -> None:
         """Makes orders of what was decided up to the close that the account stands at. Raises what `advance` does."""
-        decisions = self._decisions if self.tier is INTERPRETED else self._said()
-        failed = self.tier.kernel.carry_out(self.book, self.terms, decisions, self.next_bar - 1)
-        if failed >= 0:
-            raise self.too_many_lots(int(failed))
-        if self._targets is None:
-            self._forget_said(int(decisions.next[0]))
-
-    def hold_as(self, tier: Tier) -> None:
-        """Goes on in another tier, at a boundary of a strategy that decides bar by bar."""
-        if tier is self.tier:
+        if self._memory is not None:
+            self._advance_compiled(self._memory, self.next_bar, True)
             return
-        self.take_fills()
-        self.tier = tier
-        self.book = ex.Book(*(tier.like(column) for column in self.book))
-        bars = self.piece if tier is INTERPRETED else _ROOM_BLOCKS * self._block_bars
-        self._fills = room(tier, 2 * self.k * min(bars, len(self._bars)))
-        self._window = (0, 0)
-        if tier is not INTERPRETED:
-            self._opens, self._closes = tier.flat(self._bars.open), tier.flat(self._bars.close)
+        failed = ex.carry_out(self.book, self.terms, self._decisions, self.next_bar - 1)
+        if failed >= 0:
+            raise self.too_many_lots(failed)
+        if self._targets is None:
+            self._forget_said(self._decisions.next[0])
 
-    def _said(self) -> ex.Decisions:
+    def _said(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """What was said bar by bar and isn't carried out, as arrays."""
         said = self._decisions
         if len(said.bar) == 1:
             return _NOTHING_SAID
-        ints, floats = self.tier.ints, self.tier.floats
-        return ex.Decisions(
-            ints(said.next), ints(said.bar), ints(said.symbol), ints(said.kind), floats(said.value), ints(said.tag)
-        )  # fmt: skip
+        return np.array(said.next + said.bar + said.symbol + said.kind + said.tag), np.array(said.value, np.float64)
 
     def _forget_said(self, carried_out: int) -> None:
         if carried_out < len(self._decisions.bar) - 1:
@@ -202,29 +190,29 @@ class Portfolio:
         elif carried_out:
             self._decisions = ex.Decisions([0], [ex.NO_BAR], [], [], [], [])
 
-    def advance_blocks(self, stop: int) -> Ahead:
+    def advance_blocks(self, stop: int) -> Kept:
         """Computes in the compiled tier up to bar stop - 1, past the boundaries before. Raises what `advance` does."""
+        memory = self._memory
+        assert memory is not None  # noqa: S101 - callers know the tier
         first, n, size = self.next_bar, len(self._bars), self._block_bars
-        last = n - 1
-        decisions = self._known(first, stop)
         ends = list(range((first // size + 1) * size - 1, stop, size))
-        if stop == n and (not ends or ends[-1] != last):
-            ends.append(last)
-        widths = [len(column) for column in self.book]
-        kept = ex.Book(*(np.empty(len(ends) * len(column), column.dtype) for column in self.book))
-        fills = np.empty(len(ends), np.int64)
-        failed = int(
-            self.tier.kernel.run_blocks(
-                self.book, self.terms, self.k, self._opens, self._closes, first, stop, len(ends),
-                np.array(ends, np.int64), decisions, self._equity, self._fills, kept, fills,
-            )
+        if stop == n and (not ends or ends[-1] != n - 1):
+            ends.append(n - 1)
+        ints = np.empty((len(ends), packed.ints_kept(self.k)), np.int64)
+        floats = np.empty((len(ends), packed.floats_kept(self.k)))
+        self.take_fills()
+        known = self._known(first, stop)
+        failed = self.tier.kernel.advance_blocks(
+            memory.ints, memory.floats, self.k, self._opens, self._closes, first, stop,
+            np.concatenate((known.next, known.bar, known.symbol, known.kind, known.tag)), known.value, self._equity,
+            np.array(ends, np.int64), ints, floats,
         )  # fmt: skip
         if failed >= 0:
             raise self.too_many_lots(failed)
-        ahead = Ahead(ends, kept, fills.tolist(), len(self._ledger), widths)
+        kept = Kept(ends, ints, floats, len(self._ledger))
         self.take_fills()
         self.next_bar = stop
-        return ahead
+        return kept
 
     def too_many_lots(self, at: int) -> OrderError:
         """What an order of more lots than count exactly is refused with."""
@@ -237,29 +225,28 @@ class Portfolio:
         return error
 
     def _load_window(self, at: int) -> None:
-        """Turns the next bars of the columns that every bar needs into flat lists of floats."""
+        """Turns the next bars into flat lists: numpy's own numbers cost ten times as much to compute with."""
         stop = min(len(self._bars), at + max(1, min(512, _WINDOW_VALUES // self.k)))
-        self._opens, self._closes = self.tier.flat(self._bars.open[at:stop]), self.tier.flat(self._bars.close[at:stop])
+        self._opens = self._bars.open[at:stop].ravel().tolist()
+        self._closes = self._bars.close[at:stop].ravel().tolist()
         self._window = (at, stop)
         if self._targets is not None:
-            self._decisions = self._known(at, stop)
+            self._decisions = ex.Decisions(*(column.tolist() for column in self._known(at, stop)))
 
     def _known(self, start: int, stop: int) -> ex.Decisions:
         """The targets of these bars, as columns."""
         assert self._targets is not None  # noqa: S101 - callers know
         bars, symbols, values = self._targets.between(start, stop)
-        if not self._by_weight:
-            values = lots_of(values, self.terms.lot_size)
-        count, flat = len(bars), self.tier.flat
-        kind = ex.BY_WEIGHT if self._by_weight else ex.TO_LOTS
+        count, kind = len(bars), ex.BY_WEIGHT if self._by_weight else ex.TO_UNITS
         return ex.Decisions(
-            self.tier.ints([0]), flat(np.append(bars, ex.NO_BAR)), flat(symbols), flat(np.full(count, kind)),
-            flat(values), flat(np.full(count, ex.NO_TAG)),
+            np.zeros(1, np.int64), np.append(bars, ex.NO_BAR), symbols, np.full(count, kind), values,
+            np.full(count, ex.NO_TAG),
         )  # fmt: skip
 
     def close_all(self) -> int:
         """The closing step of the market: closes what is open at the last close. Returns how many fills that took."""
         self.take_fills()
+        self.quiet_until = -1
         ex.close_all(self.book, self.terms, self.k, self.next_bar - 1, self._fills)
         count = int(self._fills.count[0])
         self.take_fills()
@@ -272,6 +259,10 @@ class Portfolio:
         """A copy of everything that moves."""
         book = ex.Book(*(column[:] if isinstance(column, list) else column.tolist() for column in self.book))
         return Boundary(bar_index, book, self.event_count, len(self.recorded), strategy_state)
+
+    def kept(self, bar_index: int) -> Kept | None:
+        """What `boundary` is made of when it is looked at; None where that is no cheaper."""
+        return None if self._memory is None else self._memory.kept(bar_index, len(self._ledger))
 
     def tag_number(self, tag: str | None) -> int:
         """The number under which the book carries a tag."""
@@ -294,10 +285,6 @@ class Portfolio:
         """How many events the ledger has."""
         return len(self._ledger) + int(self._fills.count[0])
 
-    def _make_room(self, bars: int) -> None:
-        if self._fills.count[0] + 2 * self.k * bars > len(self._fills.bar):
-            self.take_fills()
-
     def take_fills(self) -> None:
         """Moves the fills out of their room into the ledger."""
         count = self._fills.count[0]
@@ -305,6 +292,7 @@ class Portfolio:
             columns = [column[:count] for column in self._fills[1:]]
             self._ledger.add(columns if isinstance(columns[0], list) else [column.copy() for column in columns])
             self._fills.count[0] = 0
+        self._room_bars = self._room
 
     def follow(self) -> list[tuple[int, Trade]]:
         """Takes the new events into the trade book; the trades that they ended, with the index of the ending event."""

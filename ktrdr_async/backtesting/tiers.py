@@ -2,129 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
+import msgspec
 import numpy as np
 
 from ktrdr_async import compiling
-from ktrdr_async.backtesting import execution as ex
+from ktrdr_async.backtesting import packed
 from ktrdr_async.errors import ParameterError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from types import ModuleType
-
-    from numpy.typing import NDArray
 
 TierName = Literal["auto", "interpreted", "compiled"]
 COMPILING_PAYS = 1_500_000  # symbol-bars that the interpreter computes in the time that a process needs to load numba
 
 
-class Tier:
-    """How columns are held, and which functions compute over them."""
+class Tier(msgspec.Struct, frozen=True):
+    """Which functions compute: of plain Python over lists, or compiled ones over arrays."""
 
     name: Literal["interpreted", "compiled"]
-    kernel: ModuleType | Any  # `execution`, or its compiled double
     piece_values: int  # symbol-bars that are computed between two looks at the turn
-
-    def ints(self, values: Sequence[int]) -> Any:
-        """A column of whole numbers."""
-        raise NotImplementedError
-
-    def floats(self, values: Sequence[float]) -> Any:
-        """A column of floats."""
-        raise NotImplementedError
-
-    def int_room(self, size: int) -> Any:
-        """A column for so many whole numbers."""
-        raise NotImplementedError
-
-    def float_room(self, size: int) -> Any:
-        """A column for so many floats."""
-        raise NotImplementedError
-
-    def like(self, column: Any) -> Any:
-        """A copy of another tier's column."""
-        raise NotImplementedError
-
-    def flat(self, rows: NDArray[Any]) -> Any:
-        """A column of all values of an array, row by row."""
-        raise NotImplementedError
+    kernel: Any = None  # the compiled double of `packed`
 
 
-class Interpreted(Tier):
-    """Plain Python over lists: no start-up, 1 to 2 million bars a second."""
-
-    name = "interpreted"
-    kernel = ex
-    piece_values = 256
-
-    def ints(self, values: Sequence[int]) -> list[int]:
-        """A list."""
-        return list(values)
-
-    def floats(self, values: Sequence[float]) -> list[float]:
-        """A list."""
-        return list(values)
-
-    def int_room(self, size: int) -> list[int]:
-        """A list."""
-        return [0] * size
-
-    def float_room(self, size: int) -> list[float]:
-        """A list."""
-        return [0.0] * size
-
-    def like(self, column: Any) -> list[Any]:
-        """A list."""
-        return column.tolist() if isinstance(column, np.ndarray) else list(column)
-
-    def flat(self, rows: NDArray[Any]) -> list[Any]:
-        """A list of Python numbers: numpy's own cost ten times as much to compute with."""
-        return rows.ravel().tolist()
+INTERPRETED = Tier("interpreted", 256)
 
 
-class Compiled(Tier):
-    """The same source, compiled: for strategies whose targets are known before the first bar."""
-
-    name = "compiled"
-    piece_values = 16_384
-
-    def __init__(self, kernel: ModuleType) -> None:
-        self.kernel = kernel
-
-    def ints(self, values: Sequence[int]) -> NDArray[np.int64]:
-        """int64[m]."""
-        return np.array(values, dtype=np.int64)
-
-    def floats(self, values: Sequence[float]) -> NDArray[np.float64]:
-        """float64[m]."""
-        return np.array(values, dtype=np.float64)
-
-    def int_room(self, size: int) -> NDArray[np.int64]:
-        """int64[size], whose memory is taken when it is used."""
-        return np.zeros(size, np.int64)
-
-    def float_room(self, size: int) -> NDArray[np.float64]:
-        """float64[size], whose memory is taken when it is used."""
-        return np.zeros(size)
-
-    def like(self, column: Any) -> NDArray[Any]:
-        """int64[m] or float64[m]."""
-        return np.array(column)
-
-    def flat(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """The values where they are."""
-        return rows.ravel()
-
-
-INTERPRETED = Interpreted()
-
-
-def compiled_tier() -> Compiled | None:
+def compiled_tier() -> Tier | None:
     """The compiled tier; None before it is loaded."""
-    kernel = compiling.compiled(ex.__name__)
-    return None if kernel is None else Compiled(kernel)
+    kernel = compiling.compiled(packed.__name__)
+    return None if kernel is None else Tier("compiled", 16_384, kernel)
 
 
 def tier_of(name: TierName) -> Tier:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from campaigns import Figures, sized
-from engine_runs import bars_of, cancel_at, checkpoint, finish, hourly
+from engine_runs import bars_of, cancel_at, checkpoint, finish, flat_bars, hourly
 from living import Busy
 from markets import random_market
 from test_against_oracle import SEEDS, case_of, compare
@@ -38,12 +38,35 @@ BUILT_INS: dict[str, Callable[[], AnyStrategy]] = {
 
 
 class Looking(kt.Strategy):
-    """Looks at the account at each bar from the 300th on, and trades all the time."""
+    """Looks at its equity at each bar from the 300th on, and trades all the time."""
 
     def on_bar(self, bar: kt.Bar) -> None:
         if bar.index >= 300 and bar.portfolio.equity < 0:
             raise AssertionError
         bar.target_quantity(0, float(bar.index % 7 - 3), tag=f"t{bar.index % 5}")
+
+
+def looking(given: kt.Strategy, *, at_all: bool, heard: bool = False) -> kt.Strategy:
+    """The same strategy, which writes down cash and units of each bar; `at_all`: after a look at what each bar moves.
+
+    `heard`: it is told of fills too.
+    """
+
+    class Watchful(type(given)):  # type: ignore[misc]
+        def on_bar(self, bar: kt.Bar) -> None:
+            if at_all:
+                assert bar.portfolio.equity == bar.portfolio.equity
+            super().on_bar(bar)
+            held = {f"held{j}": bar.portfolio[j].quantity for j in range(len(bar.symbols))}
+            bar.record(cash=bar.portfolio.cash, **held)
+
+        if heard:
+
+            def on_fill(self, bar: kt.Bar, fill: kt.Fill) -> None:
+                bar.record(price=fill.price, at=bar.index)
+
+    object.__setattr__(given, "__class__", Watchful)
+    return given
 
 
 class Greedy(kt.Strategy):
@@ -121,13 +144,69 @@ async def test_a_checkpoint_goes_on_in_the_other_tier(compiled: None, kind: Call
         assert (await finish(other, checkpoint(engine))).digest == whole, (first, second)
 
 
-async def test_a_strategy_that_looks_at_its_account_at_each_bar_is_interpreted_from_then_on(compiled: None) -> None:
-    bars, request = hourly(900), kt.BacktestRequest(initial_capital=30_000.0)
-    engine = kt.BacktestingEngine(request, bars, Looking())
-    tiers = [engine.portfolio.tier.name async for _ in engine.run()]
-    assert tiers == ["compiled"] * 4 + ["interpreted"] * 5  # the block of bars 300 to 399 told
-    interpreted = kt.BacktestingEngine(request, bars, Looking(), tier="interpreted")
-    assert engine.results().digest == (await finish(interpreted)).digest
+@sized("cases", ci=40, whole=SEEDS)
+@pytest.mark.parametrize("heard", [False, True])
+async def test_bars_that_leave_cash_and_units_alone_neednt_be_computed_to_tell_them(
+    compiled: None, cases: int, heard: bool
+) -> None:
+    """What a strategy reads at each bar is what it reads where every bar is computed; ruin, gaps and cuts included."""
+    ruined = 0
+    for seed in range(0, SEEDS, SEEDS // cases):
+        case, seen = case_of(seed), []
+        for tier, at_all in (("interpreted", True), ("interpreted", False), ("compiled", True), ("compiled", False)):
+            strategy = next(each for each in case.strategies() if isinstance(each, kt.Strategy))
+            engine = kt.BacktestingEngine(
+                case.request, case.bars, looking(strategy, at_all=at_all, heard=heard), tier=tier, block_bars=37
+            )  # type: ignore[arg-type]
+            results = await finish(engine, audited=False)
+            ruined += results.ruined_at is not None
+            seen.append((results.ledger, results.recorded_values, results.equity.tobytes(), results.counters))
+        assert all(each == seen[0] for each in seen), seed
+    assert ruined
+
+
+@pytest.mark.parametrize("tier", ["interpreted", "compiled"])
+@pytest.mark.parametrize("at_all", [False, True])
+async def test_ruin_ends_what_is_held_while_nobody_looks_closer(compiled: None, tier: Any, at_all: bool) -> None:
+    """A has a long way down behind a gap, beside a short B: equity is gone at the close of bar 20, where A has none."""
+    a = [100.0] * 15 + [50.0] + [float("nan")] * 10 + [50.0] * 4
+    b = [100.0] * 20 + [260.0] + [110.0] * 9
+
+    class Once(kt.Strategy):
+        def on_bar(self, bar: kt.Bar) -> None:
+            if bar.index == 1:
+                bar.target_quantity(0, 50.0)
+                bar.target_quantity(1, -50.0)
+
+    strategy = looking(Once(), at_all=at_all)
+    request = kt.BacktestRequest(initial_capital=20_000.0, commission=0.0, slippage=0.0, force_close=False)
+    engine = kt.BacktestingEngine(request, flat_bars(a, b), strategy, tier=tier)
+    results = await finish(engine, audited=False)
+    assert results.ruined_at is None
+    request = kt.BacktestRequest(initial_capital=10_100.0, commission=0.0, slippage=0.0, force_close=False)
+    engine = kt.BacktestingEngine(request, flat_bars(a, b), looking(Once(), at_all=at_all), tier=tier)
+    results = await finish(engine, audited=False)
+    assert results.ruined_at == 20
+    held = results.recorded[["held0", "held1"]].to_numpy()
+    assert held[20].tolist() == [50.0, -50.0]
+    assert held[21].tolist() == [50.0, 0.0]
+    assert held[26].tolist() == [0.0, 0.0]
+
+
+async def test_looks_at_units_compute_the_account_only_where_something_happens(compiled: None) -> None:
+    bars, computed = hourly(2_000), []
+
+    class Rare(kt.Strategy):
+        def on_bar(self, bar: kt.Bar) -> None:
+            if bar.index % 100 == 50:
+                bar.target_quantity(0, float(bar.index // 100 % 2))
+            assert bar.portfolio[0].quantity in (0.0, 1.0)
+
+    engine = kt.BacktestingEngine(kt.BacktestRequest(), bars, Rare())
+    advance = engine.portfolio.advance
+    engine.portfolio.advance = lambda stop, **how: (computed.append(stop), advance(stop, **how))  # type: ignore[method-assign]
+    await finish(engine, audited=False)
+    assert len(computed) < 100
 
 
 @pytest.mark.parametrize("tier", ["interpreted", "compiled"])

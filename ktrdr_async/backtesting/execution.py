@@ -54,14 +54,11 @@ class Book(NamedTuple):
 
 
 class Decisions(NamedTuple):
-    """What was decided, in the order of bars, before the run or bar by bar. NO_BAR stands after the last bar."""
+    """What was decided, in the order of bars, before the run or bar by bar."""
 
-    next: Ints  # [1] place of the first one that isn't carried out
-    bar: Ints  # at whose close it was decided
-    symbol: Ints
-    kind: Ints
-    value: Floats  # a weight, signed units, or signed lots
-    tag: Ints
+    next: Ints  # [1] number of the first one that isn't carried out
+    said: Ints  # [4 * m + 1] of each: at which bar's close, symbol, kind, tag's number; then NO_BAR
+    value: Floats  # [m] a weight, signed units, or signed lots
 
 
 class Fills(NamedTuple):
@@ -344,8 +341,9 @@ def carry_out(book: Book, terms: Terms, decisions: Decisions, upto: int) -> int:
     """
     at = decisions.next[0]
     ordered = False
-    while decisions.bar[at] <= upto:
-        symbol, kind, value, tag = decisions.symbol[at], decisions.kind[at], decisions.value[at], decisions.tag[at]
+    while decisions.said[4 * at] <= upto:
+        symbol, kind, tag = decisions.said[4 * at + 1], decisions.said[4 * at + 2], decisions.said[4 * at + 3]
+        value = decisions.value[at]
         if book.tally[RUINED_AT] >= 0:
             book.tally[REFUSED] += 1
         else:
@@ -360,7 +358,7 @@ def carry_out(book: Book, terms: Terms, decisions: Decisions, upto: int) -> int:
                 else:
                     put_order(book, symbol, order, ORDER, tag)
             if order == MAX_LOTS:
-                return int(decisions.bar[at])
+                return int(decisions.said[4 * at])
             ordered = ordered or order != 0
         at += 1
     decisions.next[0] = at
@@ -388,14 +386,14 @@ def run_bars(
     At each: what was decided at the bar before becomes orders, what waits is filled at the open, all is marked at the
     close. Returns -1, or the bar where a decision comes to more lots than count exactly.
     """
-    following = decisions.bar[decisions.next[0]]
+    following = decisions.said[4 * decisions.next[0]]
     i = 0
     while i < count:
         if following < bar + i:
             failed = carry_out(book, terms, decisions, bar + i - 1)
             if failed >= 0:
                 return failed
-            following = decisions.bar[decisions.next[0]]
+            following = decisions.said[4 * decisions.next[0]]
         if book.tally[WAITING] != 0:
             fill_waiting(book, terms, k, opens, (row + i) * k, bar + i, fills)
         quiet = 1  # bars up to the next one at which something may be filled

@@ -63,16 +63,8 @@ def fills_of(ints: ex.Ints, floats: ex.Floats, k: int) -> ex.Fills:
 
 
 def decisions_of(said: ex.Ints, values: ex.Floats) -> ex.Decisions:
-    """Decisions, as views: `Decisions.next`, `bar`, `symbol`, `kind` and `tag` in one column, and the values."""
-    m = len(values)
-    return ex.Decisions(
-        said[0:1],
-        said[1 : m + 2],
-        said[m + 2 : 2 * m + 2],
-        said[2 * m + 2 : 3 * m + 2],
-        values,
-        said[3 * m + 2 : 4 * m + 2],
-    )
+    """Decisions, as views: `Decisions.next` and `said` in one column, and the values."""
+    return ex.Decisions(said[0:1], said[1:], values)
 
 
 def terms_of(floats: ex.Floats) -> ex.Terms:

@@ -64,7 +64,7 @@ class Portfolio:
         self._equity = equity
         self._targets: Targets | None = None
         self._by_weight = True
-        self._decisions = ex.Decisions([0], [ex.NO_BAR], [], [], [], [])
+        self._decisions = ex.Decisions([0], [ex.NO_BAR], [])
         self._window = (0, 0)
         whole = self._memory is not None
         self._opens: Any = bars.open.ravel() if whole else []  # flat; whole columns, or the window's
@@ -87,13 +87,8 @@ class Portfolio:
     def decide(self, bar: int, symbol: int, kind: int, value: float, tag: int) -> None:
         """Takes one decision at the close of `bar`; they come in the order of bars."""
         self.quiet_until = min(self.quiet_until, bar)
-        decisions = self._decisions
-        decisions.bar[-1] = bar
-        decisions.bar.append(ex.NO_BAR)
-        decisions.symbol.append(symbol)
-        decisions.kind.append(kind)
-        decisions.value.append(value)
-        decisions.tag.append(tag)
+        self._decisions.value.append(value)
+        self._decisions.said[-1:] = (bar, symbol, kind, tag, ex.NO_BAR)
 
     def advance(self, stop: int, *, whole: bool = False) -> None:
         """Brings the account up to the close of bar stop - 1, and `whole` to the boundary after it.
@@ -153,7 +148,7 @@ class Portfolio:
         self.quiet_until = bar
         self.lots = self.book.lots if self._memory is None else self.book.lots.tolist()
         decisions = self._decisions
-        if self.book.tally[ex.WAITING] or decisions.bar[decisions.next[0]] != ex.NO_BAR:
+        if self.book.tally[ex.WAITING] or decisions.said[4 * decisions.next[0]] != ex.NO_BAR:
             return
         stop = min(len(self._bars), (bar // self._block_bars + 1) * self._block_bars)
         if self._memory is not None:
@@ -179,16 +174,16 @@ class Portfolio:
 
     def _said(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """What was said bar by bar and isn't carried out, as arrays."""
-        said = self._decisions
-        if len(said.bar) == 1:
+        decisions = self._decisions
+        if not decisions.value:
             return _NOTHING_SAID
-        return np.array(said.next + said.bar + said.symbol + said.kind + said.tag), np.array(said.value, np.float64)
+        return np.array(decisions.next + decisions.said), np.array(decisions.value, np.float64)
 
     def _forget_said(self, carried_out: int) -> None:
-        if carried_out < len(self._decisions.bar) - 1:
+        if carried_out < len(self._decisions.value):
             self._decisions.next[0] = carried_out
         elif carried_out:
-            self._decisions = ex.Decisions([0], [ex.NO_BAR], [], [], [], [])
+            self._decisions = ex.Decisions([0], [ex.NO_BAR], [])
 
     def advance_blocks(self, stop: int) -> Kept:
         """Computes in the compiled tier up to bar stop - 1, past the boundaries before. Raises what `advance` does."""
@@ -204,7 +199,7 @@ class Portfolio:
         known = self._known(first, stop)
         failed = self.tier.kernel.advance_blocks(
             memory.ints, memory.floats, self.k, self._opens, self._closes, first, stop,
-            np.concatenate((known.next, known.bar, known.symbol, known.kind, known.tag)), known.value, self._equity,
+            np.append(known.next, known.said), known.value, self._equity,
             np.array(ends, np.int64), ints, floats,
         )  # fmt: skip
         if failed >= 0:
@@ -237,11 +232,10 @@ class Portfolio:
         """The targets of these bars, as columns."""
         assert self._targets is not None  # noqa: S101 - callers know
         bars, symbols, values = self._targets.between(start, stop)
-        count, kind = len(bars), ex.BY_WEIGHT if self._by_weight else ex.TO_UNITS
-        return ex.Decisions(
-            np.zeros(1, np.int64), np.append(bars, ex.NO_BAR), symbols, np.full(count, kind), values,
-            np.full(count, ex.NO_TAG),
-        )  # fmt: skip
+        said = np.full(4 * len(bars) + 1, ex.NO_BAR)
+        said[:-1:4], said[1::4], said[3::4] = bars, symbols, ex.NO_TAG
+        said[2::4] = ex.BY_WEIGHT if self._by_weight else ex.TO_UNITS
+        return ex.Decisions(np.zeros(1, np.int64), said, values)
 
     def close_all(self) -> int:
         """The closing step of the market: closes what is open at the last close. Returns how many fills that took."""

@@ -37,7 +37,7 @@ def seen(engine: kt.BacktestingEngine) -> dict[str, Any]:
         "decisions": engine.decided.digest(engine.boundary.bar_index),
         "tags": [None if t < 0 else portfolio.tags[t] for t in portfolio.book.waiting_tag],
         "boundary tags": [None if t < 0 else portfolio.tags[t] for t in engine.boundary.book.waiting_tag],
-        "queued": portfolio._decisions.bar if portfolio._targets is None else None,
+        "queued": portfolio._decisions.said if portfolio._targets is None else None,
         "index": None if engine._bar is None else engine._bar.index,
     }
     return walk(engine) | extra

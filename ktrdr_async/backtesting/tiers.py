@@ -79,7 +79,9 @@ def _rehearse() -> None:
         compute(prices, 2)
     indicators.atr(prices, prices, prices, 2)
     for strategy in (SmaCross(fast=1, slow=2), RsiReversion(period=1)):
-        steps = BacktestingEngine(BacktestRequest(), bars, strategy, tier="compiled").run()
+        engine = BacktestingEngine(BacktestRequest(), bars, strategy, tier="compiled")
+        engine.portfolio.settle(-1)
+        steps = engine.run()
         ended = False
         while not ended:
             try:

@@ -275,6 +275,40 @@ print("numba" in sys.modules, results.digest)
 """
 
 
+def test_loading_compiles_all_that_runs_call(private_home: Path) -> None:
+    """Else a loop would stand still for seconds when a strategy first looks at its account."""
+    assert child(
+        """
+import ktrdr_async as kt
+from ktrdr_async import compiling
+
+class Looks(kt.Strategy):
+    def on_bar(self, bar):
+        held, equity, cash = bar.portfolio[0].quantity, bar.portfolio.equity, bar.portfolio.cash
+        bar.target_weight(0, 0.5 if bar.index % 7 else 0.0, tag="t")
+        bar.order(1, 1.0)
+
+    def on_fill(self, bar, fill):
+        bar.record(price=fill.price)
+
+def compiled():
+    return {
+        (source, name): len(function.signatures)
+        for source, module in compiling._modules.items()
+        for name, function in vars(module).items()
+        if hasattr(function, "signatures")
+    }
+
+kt.load_compiled()
+loaded = compiled()
+bars = kt.Bars.read("synthetic:?bars=900&symbols=A,B")
+for strategy in (Looks(), kt.SmaCross(), kt.SmaCross(quantity=2.0), kt.MomentumRotation(), kt.RsiReversion()):
+    kt.backtest_sync(bars, strategy)
+print(loaded == compiled(), len(loaded) > 20)
+"""
+    ).endswith("True True")
+
+
 def test_short_runs_never_import_numba(private_home: Path) -> None:
     loaded, digest = child(RUN.format(bars=3_000, tier="auto")).split()
     assert loaded == "False"

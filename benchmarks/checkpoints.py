@@ -63,7 +63,7 @@ class Thinking(Cross):
 
 
 def synthetic(count: int) -> kt.Bars:
-    return kt.Bars.read(f"synthetic:?bars={count}&seed=7&timeframe=1h")
+    return kt.Bars.read(f"synthetic:?bars={count}&seed=7&timeframe=1m")
 
 
 class Run:

@@ -109,7 +109,7 @@ def _write(
     **ending: Any,
 ) -> Write:
     before, after = step
-    size = sum(len(text.encode()) for text in texts) + sum(len(segment.records.encode()) for segment in segments)
+    size = sum(len(text.encode()) for text in texts) + sum(segment.bytes for segment in segments)
     if size > MAX_WRITE_BYTES:
         raise CheckpointTooLargeError(
             claim.operation_id,

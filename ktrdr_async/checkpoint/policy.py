@@ -13,9 +13,10 @@ from ktrdr_async.errors import ParameterError
 class CheckpointPolicy:
     """Due after N bars or M seconds, whichever comes first; but saves take no more than a share of the run's time.
 
-    Lost work is bounded by the larger of the interval and `save_seconds / max_overhead`. The share is kept between each
-    two
-    saves: after one that took s seconds, the next is due s / max_overhead seconds later at the earliest.
+    The share is kept between each two saves: after one that took s seconds, the next is due s / max_overhead seconds
+    later at the earliest; and one that is expected to take s seconds isn't due for its bars before the run has gone on
+    for as long, the first one neither. Lost work is bounded by the largest of the time that the bars take, that time,
+    and `time_interval_seconds`, after which a save is due whatever it is expected to take.
 
     Args:
         unit_interval: bars, >= 1.
@@ -55,13 +56,21 @@ class CheckpointPolicy:
         self._bar = bar_index
         self._time = self._clock()
 
-    def should_checkpoint(self, bar_index: int, force: bool = False) -> bool:
-        """Whether a checkpoint of the boundary after this bar (absolute index) is due; `force` says yes always."""
+    def should_checkpoint(self, bar_index: int, force: bool = False, save_seconds: float = 0.0) -> bool:
+        """Whether a checkpoint of the boundary after this bar (absolute index) is due.
+
+        Args:
+            bar_index: the bar.
+            force: yes in any case.
+            save_seconds: what it is expected to take, as far as the caller can tell.
+        """
         if force:
             return True
         # The clock is read only where bars or the pause leave it to decide: this is asked every 100 bars.
         if bar_index - self._bar >= self.unit_interval:
-            return self._pause == 0.0 or self._clock() - self._time >= self._pause
+            pause = self._pause if self.max_overhead is None else max(self._pause, save_seconds / self.max_overhead)
+            if pause == 0.0 or self._clock() - self._time >= pause:
+                return True
         return self._clock() - self._time >= max(self.time_interval_seconds, self._pause)
 
     def record_checkpoint(self, bar_index: int, save_seconds: float = 0.0) -> None:

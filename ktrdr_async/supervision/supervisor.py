@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ktrdr_async.supervision")
 
 COMPLETION_SECONDS = 60.0
+_SAVE_SECONDS, _RECORD_SECONDS = 0.005, 5e-6  # what a save is expected to take, and more for each new record of it
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 30.0  # seconds between tries of a periodic save that failed
 
 
@@ -150,7 +151,7 @@ class Supervisor:
                     self._block = block
                     if self._told_to_end():  # and the strategy has swallowed it
                         raise asyncio.CancelledError
-                    if self._due(block.bar_index) or (start.inherited and self.ends.checkpoint_bar is None):
+                    if self._due(block) or (start.inherited and self.ends.checkpoint_bar is None):
                         await self._save(CheckpointType.PERIODIC)
                     if self._mailbox.waiting:
                         await self._answer()
@@ -239,10 +240,12 @@ class Supervisor:
 
     # Checkpoints while it runs.
 
-    def _due(self, bar_index: int) -> bool:
+    def _due(self, block: Block) -> bool:
         if self._retry_at is not None:
             return self._clock() >= self._retry_at
-        return self._policy.should_checkpoint(bar_index)
+        saved = self._checkpoints.acknowledged
+        new = block.fills - saved.ledger + len(self._engine.portfolio.recorded) - saved.recorded
+        return self._policy.should_checkpoint(block.bar_index, save_seconds=_SAVE_SECONDS + _RECORD_SECONDS * new)
 
     async def _state(self) -> BacktestCheckpointState:
         """The last boundary's, in pieces: the engine stands, and the turn is others' meanwhile."""

@@ -208,7 +208,7 @@ class Watched(kt.CheckpointPolicy):
             self._watch.begin()
         if bar_index == self._last:
             self.leave()
-        return super().should_checkpoint(bar_index, force, save_seconds)
+        return super().should_checkpoint(bar_index, force)  # also a save that is expected to be dear
 
     def leave(self) -> None:
         """It isn't any more."""

@@ -201,14 +201,17 @@ class Watched(kt.CheckpointPolicy):
         super().__init__(unit_interval=max(100, min(1_000, 100_000 // max(1, watch.operations))), max_overhead=0.2)
         self._watch, self._last, self._inside = watch, bars - 1, False
 
-    def should_checkpoint(self, bar_index: int, force: bool = False, save_seconds: float = 0.0) -> bool:
+    def should_checkpoint(self, bar_index: int, force: bool = False) -> bool:
         if not self._inside:
             self._inside = True
             self._watch.count(-1)
             self._watch.begin()
         if bar_index == self._last:
             self.leave()
-        return super().should_checkpoint(bar_index, force)  # also a save that is expected to be dear
+        return super().should_checkpoint(bar_index, force)
+
+    def expect(self, save_seconds: float) -> None:
+        """Saves are what is looked at here: also those for which a run is too fast."""
 
     def leave(self) -> None:
         """It isn't any more."""

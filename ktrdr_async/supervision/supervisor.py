@@ -245,7 +245,8 @@ class Supervisor:
             return self._clock() >= self._retry_at
         saved = self._checkpoints.acknowledged
         new = block.fills - saved.ledger + len(self._engine.portfolio.recorded) - saved.recorded
-        return self._policy.should_checkpoint(block.bar_index, save_seconds=_SAVE_SECONDS + _RECORD_SECONDS * new)
+        self._policy.expect(_SAVE_SECONDS + _RECORD_SECONDS * new)
+        return self._policy.should_checkpoint(block.bar_index)
 
     async def _state(self) -> BacktestCheckpointState:
         """The last boundary's, in pieces: the engine stands, and the turn is others' meanwhile."""

@@ -94,26 +94,36 @@ def test_saves_take_no_more_than_their_share(clock: Clock, overhead: float, save
 
 def test_what_is_expected_to_take_long_waits_the_first_save_too(clock: Clock) -> None:
     policy = CheckpointPolicy(100, 300, 0.05, clock)
-    assert not policy.should_checkpoint(99, save_seconds=0.01)
+    policy.expect(0.01)
+    assert not policy.should_checkpoint(99)
     clock.now += 0.19
-    assert not policy.should_checkpoint(199, save_seconds=0.01)
+    policy.expect(0.01)
+    assert not policy.should_checkpoint(199)
     clock.now += 0.02
-    assert policy.should_checkpoint(299, save_seconds=0.01)
-    assert not policy.should_checkpoint(299, save_seconds=0.02)
+    policy.expect(0.01)
+    assert policy.should_checkpoint(299)
+    policy.expect(0.02)
+    assert not policy.should_checkpoint(299)
     policy.record_checkpoint(299, 0.05)  # it took longer: that counts as well
     clock.now += 0.9
-    assert not policy.should_checkpoint(399, save_seconds=0.01)
+    policy.expect(0.01)
+    assert not policy.should_checkpoint(399)
     clock.now += 0.2
-    assert policy.should_checkpoint(399, save_seconds=0.01)
+    policy.expect(0.01)
+    assert policy.should_checkpoint(399)
 
 
 def test_after_its_time_a_save_is_due_whatever_it_is_expected_to_take(clock: Clock) -> None:
     policy = CheckpointPolicy(100, 300, 0.05, clock)
     clock.now += 299
-    assert not policy.should_checkpoint(10_000, save_seconds=100.0)
+    policy.expect(100.0)
+    assert not policy.should_checkpoint(10_000)
     clock.now += 1
-    assert policy.should_checkpoint(10_000, save_seconds=100.0)
-    assert CheckpointPolicy(100, 300, None, clock).should_checkpoint(99, save_seconds=100.0)
+    policy.expect(100.0)
+    assert policy.should_checkpoint(10_000)
+    plain = CheckpointPolicy(100, 300, None, clock)
+    plain.expect(100.0)
+    assert plain.should_checkpoint(99)
 
 
 @pytest.mark.parametrize("dear", [0.0, 1e-6, 4e-6, 6e-6, 1e-4])
@@ -124,7 +134,8 @@ def test_saves_whose_cost_grows_with_what_is_new_keep_the_share(clock: Clock, de
     for bar in range(99, 3_000_000, 100):
         clock.now += 0.01
         takes = 0.005 + dear * (bar - last)
-        if policy.should_checkpoint(bar, save_seconds=takes):
+        policy.expect(takes)
+        if policy.should_checkpoint(bar):
             clock.now += takes
             spent += takes
             policy.record_checkpoint(bar, takes)

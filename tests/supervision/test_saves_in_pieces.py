@@ -150,8 +150,10 @@ async def test_the_more_is_new_the_longer_a_save_waits(worker: BacktestWorker) -
     expected: list[float] = []
 
     class Asked(kt.CheckpointPolicy):
-        def should_checkpoint(self, bar_index: int, force: bool = False, save_seconds: float = 0.0) -> bool:
+        def expect(self, save_seconds: float) -> None:
             expected.append(save_seconds)
+
+        def should_checkpoint(self, bar_index: int, force: bool = False) -> bool:
             return bar_index == 499
 
     results = await worker.run(REQUEST, bars=market(), strategy=Counter(), policy=Asked())

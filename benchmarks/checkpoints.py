@@ -63,7 +63,7 @@ class Thinking(Cross):
 
 
 def synthetic(count: int) -> kt.Bars:
-    return kt.Bars.read(f"synthetic:?bars={count}&seed=7&timeframe=1h")
+    return kt.Bars.read(f"synthetic:?bars={count}&seed=7&timeframe=1m")
 
 
 class Run:
@@ -235,7 +235,7 @@ def judged(found: Row) -> str | None:
     """Whether a row keeps its budget."""
     if found["engine"] != "ktrdr_async":
         return None
-    return "kept" if found["ratio"] <= BUDGETS[found["what"]] else "missed"
+    return "kept" if max(found["ratio"], found.get("told", 0.0)) <= BUDGETS[found["what"]] else "missed"
 
 
 async def measure(bars: int, repeat: int, where: dict[str, Any]) -> list[Row]:

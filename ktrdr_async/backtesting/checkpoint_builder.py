@@ -1,9 +1,13 @@
-"""Builds the checkpoint of an engine's last boundary, and reads one back. Nothing is saved here."""
+"""Builds the checkpoint of an engine's last boundary, and reads one back. Nothing is saved here.
+
+A state is built in small steps, so that a loop needn't wait for it. What they compute once and for all (the ledger's
+records, the digests) stays computed where they are left off, and the next ones go on from there.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +15,8 @@ import msgspec
 import numpy as np
 
 from ktrdr_async.backtesting import execution as ex
-from ktrdr_async.backtesting.ledger import REASONS, LedgerEvent, PriceRange, TradeBook, trades_of
+from ktrdr_async.backtesting.execution import notional
+from ktrdr_async.backtesting.ledger import REASONS, LedgerEvent, Leg, PriceRange, TradeBook, trades_of
 from ktrdr_async.backtesting.provenance import manifest_of
 from ktrdr_async.checkpoint.schemas import (
     DEFAULT_EQUITY_SAMPLE_INTERVAL,
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
     from ktrdr_async.backtesting.engine import BacktestingEngine
     from ktrdr_async.backtesting.portfolio import Recorded
 
+_RECORDS = 250  # that a step makes, or looks at
+_PRICES = 8192  # bars that a step looks at
 _SPELLED = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "-0.0": -0.0}
 
 
@@ -51,7 +58,7 @@ def build_backtest_checkpoint_state(
     *,
     since: Since | None = None,
 ) -> BacktestCheckpointState:
-    """The engine's state at its last boundary, which must be at `bar_index`.
+    """The engine's state at its last boundary, which must be at `bar_index`: `checkpoint_steps` at once.
 
     Args:
         engine: the engine; it stands at a boundary, or was interrupted after one.
@@ -65,6 +72,21 @@ def build_backtest_checkpoint_state(
         ValueError: if the boundary isn't at that bar and time.
         UndeclaredStateError: if the strategy's state would come back as another value.
     """
+    return at_once(
+        checkpoint_steps(engine, bar_index, current_timestamp, original_request, equity_sample_interval, since=since)
+    )
+
+
+def checkpoint_steps(
+    engine: BacktestingEngine,
+    bar_index: int,
+    current_timestamp: int | datetime,
+    original_request: dict[str, Any] | None = None,
+    equity_sample_interval: int = DEFAULT_EQUITY_SAMPLE_INTERVAL,
+    *,
+    since: Since | None = None,
+) -> Iterator[BacktestCheckpointState | None]:
+    """`build_backtest_checkpoint_state` in steps; None after each, the state at last. The engine stands meanwhile."""
     boundary, portfolio, bars = engine.boundary, engine.portfolio, engine.bars
     if boundary.bar_index != bar_index or bar_index < 0:
         raise ValueError(f"the engine's boundary is at bar {boundary.bar_index}, not {bar_index}")
@@ -72,23 +94,38 @@ def build_backtest_checkpoint_state(
     if int(bars.timestamps[bar_index]) != timestamp:
         raise ValueError(f"bar {bar_index} is at {bars.timestamps[bar_index]} ns, not {timestamp}")
     _prove_state(engine, boundary)
+    yield None
     start = since or Since()
-    ledger = portfolio.events[start.ledger : boundary.events]
-    samples = range(start.samples * equity_sample_interval, bar_index + 1, equity_sample_interval)
+    events, ledger = portfolio.events, list[LedgerEvent]()
+    for first in range(start.ledger, boundary.events, _RECORDS):
+        ledger += events[first : min(boundary.events, first + _RECORDS)]
+        yield None
+    samples, every = list[EquitySample](), equity_sample_interval
+    for first in range(start.samples * every, bar_index + 1, _RECORDS * every):
+        part = slice(first, min(bar_index + 1, first + _RECORDS * every), every)
+        rows = range(part.start, part.stop, every), bars.timestamps[part].tolist(), engine.equity[part].tolist()
+        samples += map(EquitySample, *rows)
+        yield None
+    recorded = list[RecordedValue]()
+    for first in range(start.recorded, boundary.recorded, _RECORDS):
+        values = portfolio.recorded[first : min(boundary.recorded, first + _RECORDS)]
+        recorded += (RecordedValue(b, name, _spell(v)) for b, name, v in values)
+        yield None
+    positions = yield from _positions(engine, boundary)
+    yield from engine.decided.steps(bar_index)
+    yield from portfolio.digest_steps(boundary)
     prices = PriceRange(bars.low, bars.high)
-    return BacktestCheckpointState(
+    yield BacktestCheckpointState(
         bar_index=bar_index,
         current_date=str(np.datetime64(timestamp, "ns")) + "Z",
         cash=boundary.book.money[ex.CASH],
-        positions=_positions(engine, boundary),
+        positions=positions,
         trades=trades_of(ledger, engine.request.lot_size, prices) if since is None else [],
-        equity_samples=[EquitySample(i, int(bars.timestamps[i]), float(engine.equity[i])) for i in samples],
+        equity_samples=samples,
         original_request=engine.request.to_dict() if original_request is None else original_request,
         schema_version=SCHEMA_VERSION,
         ledger=ledger,
-        recorded=[
-            RecordedValue(b, name, _spell(v)) for b, name, v in portfolio.recorded[start.recorded : boundary.recorded]
-        ],
+        recorded=recorded,
         ledger_from=start.ledger,
         samples_from=start.samples,
         recorded_from=start.recorded,
@@ -108,20 +145,35 @@ def build_backtest_checkpoint_state(
 
 def build_closing_state(engine: BacktestingEngine, since: Since) -> BacktestCheckpointState:
     """The last boundary's state with the records of the closing step: what completion adds to the ledger's segments."""
-    last = engine.boundary.bar_index
-    state = build_backtest_checkpoint_state(engine, last, int(engine.bars.timestamps[last]), since=since)
-    state.ledger = engine.portfolio.events[since.ledger :]
-    state.recorded = [RecordedValue(b, name, _spell(v)) for b, name, v in engine.portfolio.recorded[since.recorded :]]
-    return state
+    return at_once(closing_steps(engine, since))
 
 
-def build_final_state(engine: BacktestingEngine) -> BacktestCheckpointState:
-    """The last boundary's state, its growing fields empty: what an extension goes on from, with the stored ledger."""
+def closing_steps(engine: BacktestingEngine, since: Since) -> Iterator[BacktestCheckpointState | None]:
+    """`build_closing_state` in steps, as `checkpoint_steps`."""
+    boundary, portfolio = engine.boundary, engine.portfolio
+    timestamp = int(engine.bars.timestamps[boundary.bar_index])
+    for state in checkpoint_steps(engine, boundary.bar_index, timestamp, since=since):
+        if state is not None:
+            state.ledger += portfolio.events[boundary.events :]
+            state.recorded += (RecordedValue(b, n, _spell(v)) for b, n, v in portfolio.recorded[boundary.recorded :])
+        yield state
+
+
+def final_steps(engine: BacktestingEngine) -> Iterator[BacktestCheckpointState | None]:
+    """The last boundary's state, its growing fields empty: what an extension goes on from, with the stored ledger.
+
+    In steps, as `checkpoint_steps`.
+    """
     boundary = engine.boundary
     samples = boundary.bar_index // DEFAULT_EQUITY_SAMPLE_INTERVAL + 1
     since = Since(boundary.events, samples, boundary.recorded)
     timestamp = int(engine.bars.timestamps[boundary.bar_index])
-    return build_backtest_checkpoint_state(engine, boundary.bar_index, timestamp, since=since)
+    return checkpoint_steps(engine, boundary.bar_index, timestamp, since=since)
+
+
+def at_once(steps: Iterator[BacktestCheckpointState | None]) -> BacktestCheckpointState:
+    """Goes through steps of building a state; the state."""
+    return next(state for state in steps if state is not None)
 
 
 def counters_of(book: ex.Book) -> Counters:
@@ -185,7 +237,7 @@ def _tag(tags: list[str], number: int) -> str | None:
     return None if number < 0 else tags[number]
 
 
-def _positions(engine: BacktestingEngine, boundary: Boundary) -> list[PositionState]:
+def _positions(engine: BacktestingEngine, boundary: Boundary) -> Generator[None, None, list[PositionState]]:
     bars, events = engine.bars, engine.portfolio.events
     held = {j: lots for j, lots in enumerate(boundary.book.lots) if lots}
     own: list[LedgerEvent] = []
@@ -198,14 +250,32 @@ def _positions(engine: BacktestingEngine, boundary: Boundary) -> list[PositionSt
             held[event.symbol] -= event.lots
             if not held[event.symbol]:
                 del held[event.symbol]
-    book = TradeBook(engine.request.lot_size, PriceRange(bars.low, bars.high))
-    for event in reversed(own):
+        if at % _RECORDS == 0:
+            yield
+    book = TradeBook(engine.request.lot_size)
+    for number, event in enumerate(reversed(own)):
         book.apply(event)
+        if number % _RECORDS == 0:
+            yield
     found = []
     for symbol in sorted(book.open):
         trade = book.open[symbol]
-        mae, mfe = book.open_excursions(symbol, boundary.bar_index)
+        mae, mfe = yield from _excursions(engine, symbol, trade.legs, boundary.bar_index + 1)
         found.append(
             PositionState(bars.symbols[symbol], trade.lots, trade.entry_bar, trade.entry_price, trade.fees, mae, mfe)
         )
     return found
+
+
+def _excursions(
+    engine: BacktestingEngine, symbol: int, legs: list[Leg], stop: int
+) -> Generator[None, None, tuple[float, float]]:
+    """MAE and MFE of an open trade over its bars before `stop`; the extremes of parts are those of the whole."""
+    prices, low, high = PriceRange(engine.bars.low, engine.bars.high), math.inf, -math.inf
+    for leg, end in zip(legs, [*(later.bar for later in legs[1:]), stop], strict=True):
+        for first in range(leg.bar, end, _PRICES):
+            for price in prices.extremes(symbol, first, min(end, first + _PRICES)) or ():
+                at = leg.flow + notional(leg.lots, engine.request.lot_size, price)
+                low, high = min(low, at), max(high, at)
+            yield
+    return low, high

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ktrdr_async.market import Bars
 
 
-_HASHED_ROWS = 4096  # rows that are hashed at a time
+_HASHED_VALUES = 8192  # that are hashed in a step
 
 
 class Targets:
@@ -75,18 +75,29 @@ class Decided:
 
     def digest(self, upto: int) -> str:
         """Hex SHA-256 of the rows 0..upto; asked in growing order it costs what is new."""
+        for _ in self.steps(upto):
+            pass
+        return hashlib.sha256(b"".join(found.digest() for found in self._hashes.values())).hexdigest()
+
+    def steps(self, upto: int) -> Iterator[None]:
+        """Takes the rows 0..upto in, some thousand values a step: `digest` has nothing left to do then."""
         stop = upto + 1
+        if not self._columns:
+            return
         if stop < self._hashed or not self._hashes:
             self._hashed = 0
             self._hashes = {name: hashlib.sha256(name.encode()) for name in sorted(self._columns)}
-        for start in range(self._hashed, stop, _HASHED_ROWS):
-            end = min(stop, start + _HASHED_ROWS)
-            for name, found in self._hashes.items():
+        widths = (kept.shape[1] if len(kept.shape) > 1 else 1 for kept in self._columns.values())
+        size = max(1, _HASHED_VALUES // max(1, sum(widths)))
+        while self._hashed < stop:
+            start, end = self._hashed, min(stop, self._hashed + size)
+            hashes = {name: found.copy() for name, found in self._hashes.items()}
+            for name, found in hashes.items():
                 kept = self._columns[name]
                 rows = kept.rows(start, end) if isinstance(kept, Targets) else kept[start:end]
                 found.update(rows.astype("<f8", copy=False).tobytes())
-        self._hashed = stop
-        return hashlib.sha256(b"".join(found.digest() for found in self._hashes.values())).hexdigest()
+            self._hashed, self._hashes = end, hashes  # together: what is interrupted before has changed nothing
+            yield
 
 
 def checked_targets(

@@ -279,6 +279,9 @@ class BacktestingEngine:
             ) from error
         self._state = state.strategy_state if self._targets_known else None
         self._boundary = self._portfolio.boundary(state.bar_index, state.strategy_state)
+        for _ in self._portfolio.digest_steps(self._boundary):
+            if self._turn.clock() >= self._turn.deadline:
+                await self._turn.pass_on()
         if not self.accepted and self._portfolio.state_digest(self._boundary) != state.state_digest:
             raise CheckpointCorruptedError(
                 operation, f"the state at bar {state.bar_index} has another digest than was stored"

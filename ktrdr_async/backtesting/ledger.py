@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
@@ -46,7 +47,7 @@ class Ledger(Sequence[LedgerEvent]):
 
     def __init__(self, events: Iterable[LedgerEvent] = (), tags: Sequence[str] = ()) -> None:
         self._events = list(events)
-        self._columns: list[tuple[int, list[Any]]] = []  # index of the first event; as `execution.Fills`, without count
+        self._columns = deque[tuple[int, list[Any]]]()  # index of the first event; as `execution.Fills`, without count
         self._count = len(self._events)
         self._tags = tags  # by number; it grows with the run
 
@@ -55,21 +56,23 @@ class Ledger(Sequence[LedgerEvent]):
         self._columns.append((self._count, columns))
         self._count += len(columns[0])
 
-    def _all(self) -> list[LedgerEvent]:
-        if self._columns:
-            tags = self._tags
-            for first, columns in self._columns:
-                done = len(self._events) - first  # more than 0 where this was interrupted before
-                rests = (each[done:] if isinstance(each, list) else each[done:].tolist() for each in columns)
-                rows = zip(*rests, strict=True)
-                self._events.extend(
-                    LedgerEvent(
-                        bar, symbol, lots, requested, price, fee, cash, PARTS[part], REASONS[reason],
-                        None if tag < 0 else tags[tag],
-                    )
-                    for bar, symbol, lots, requested, price, fee, cash, part, reason, tag in rows
-                )  # fmt: skip
-            self._columns.clear()
+    def _made(self, stop: int) -> list[LedgerEvent]:
+        """The records, of which at least the first `stop` are made; those after them cost nothing yet."""
+        tags = self._tags
+        while len(self._events) < stop:
+            first, columns = self._columns[0]
+            done = len(self._events) - first  # more than 0 where this was interrupted before, or not all were wanted
+            rests = (each[done : stop - first] for each in columns)
+            rows = zip(*(each if isinstance(each, list) else each.tolist() for each in rests), strict=True)
+            self._events.extend(
+                LedgerEvent(
+                    bar, symbol, lots, requested, price, fee, cash, PARTS[part], REASONS[reason],
+                    None if tag < 0 else tags[tag],
+                )
+                for bar, symbol, lots, requested, price, fee, cash, part, reason, tag in rows
+            )  # fmt: skip
+            if len(self._events) == first + len(columns[0]):
+                self._columns.popleft()
         return self._events
 
     def __len__(self) -> int:
@@ -82,10 +85,16 @@ class Ledger(Sequence[LedgerEvent]):
     def __getitem__(self, at: slice) -> list[LedgerEvent]: ...
 
     def __getitem__(self, at: int | slice) -> LedgerEvent | list[LedgerEvent]:
-        return self._all()[at]
+        if isinstance(at, slice):
+            start, stop, step = at.indices(self._count)
+            if step == 1:
+                return self._made(stop)[start:stop]
+        elif 0 <= at < self._count:
+            return self._made(at + 1)[at]
+        return self._made(self._count)[at]
 
     def __iter__(self) -> Iterator[LedgerEvent]:
-        return iter(self._all())
+        return iter(self._made(self._count))
 
 
 class Trade(msgspec.Struct, frozen=True, gc=False):
@@ -221,10 +230,6 @@ class TradeBook:
             mae,
             mfe,
         )
-
-    def open_excursions(self, symbol: int, upto: int) -> tuple[float, float]:
-        """MAE and MFE of the symbol's open trade over the bars up to and including `upto`."""
-        return self._excursions(self.open[symbol], symbol, upto + 1)
 
     def _excursions(self, trade: OpenTrade, symbol: int, stop: int) -> tuple[float, float]:
         # Rounding is monotone: over a stretch with one position the extremes of flow + position * price are at the

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 Recorded = tuple[int, str, float]  # bar, name, value
 _WINDOW_VALUES = 4096  # values of a column that are turned into Python floats at a time
+_HASHED_RECORDS = 250  # that a step takes into a digest
 _QUIET_BARS = 32  # that plain Python looks ahead
 _NOTHING_SAID = np.array([0, ex.NO_BAR]), np.zeros(0)
 
@@ -304,7 +306,7 @@ class Portfolio:
         return self._trades
 
     def state_digest(self, boundary: Boundary) -> str:
-        """SHA-256 over the canonical bytes of the whole state at a boundary; it costs what is new."""
+        """SHA-256 over the canonical bytes of the whole state at a boundary; it costs what `digest_steps` has left."""
         found = hashlib.sha256(b"ktrdr_async state 1")
         book = boundary.book
         found.update(struct.pack("<qqq", boundary.bar_index, self.k, boundary.events))
@@ -318,15 +320,28 @@ class Portfolio:
         for number in book.waiting_tag:
             found.update(_text(None if number < 0 else self.tags[number]))
         found.update(self._ledger_digest.advance(self.events, boundary.events))
-        recorded = self._recorded_hash.copy()
-        for bar, name, value in self.recorded[self._recorded_hashed : boundary.recorded]:
-            recorded.update(struct.pack("<q", bar) + _text(name) + struct.pack("<d", value))
-        hashed = max(self._recorded_hashed, boundary.recorded)
-        self._recorded_hash, self._recorded_hashed = recorded, hashed  # together, as an interruption may come
-        found.update(recorded.copy().digest())
+        self._hash_recorded(boundary.recorded)
+        found.update(self._recorded_hash.copy().digest())
         state = boundary.strategy_state
         found.update(b"\0" if state is None else b"\1" + state)
         return found.hexdigest()
+
+    def digest_steps(self, boundary: Boundary) -> Iterator[None]:
+        """Takes what is new up to a boundary into its digest, a bounded number of records a step."""
+        events, ledger = self.events, self._ledger_digest
+        while ledger.count < boundary.events:
+            ledger.advance(events, min(boundary.events, ledger.count + _HASHED_RECORDS))
+            yield
+        while self._recorded_hashed < boundary.recorded:
+            self._hash_recorded(min(boundary.recorded, self._recorded_hashed + _HASHED_RECORDS))
+            yield
+
+    def _hash_recorded(self, upto: int) -> None:
+        found = self._recorded_hash.copy()
+        for bar, name, value in self.recorded[self._recorded_hashed : upto]:
+            found.update(struct.pack("<q", bar) + _text(name) + struct.pack("<d", value))
+        hashed = max(self._recorded_hashed, upto)
+        self._recorded_hash, self._recorded_hashed = found, hashed  # together, as an interruption may come
 
     def restore(self, state: BacktestCheckpointState, recorded: list[Recorded], operation: str) -> None:
         """Puts the account where `state` says, everything derived computed anew.

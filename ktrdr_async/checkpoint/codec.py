@@ -63,6 +63,7 @@ class Segment(msgspec.Struct, frozen=True):
     start: Counts
     stop: Counts
     records: str  # JSON
+    bytes: int  # of it
     prev_digest: str
     digest: str
 
@@ -184,7 +185,7 @@ class SegmentWork:
             raise ValueTooLargeError(
                 f"a segment of {len(whole)} bytes is larger than the {MAX_SEGMENT_BYTES} that can be stored"
             )
-        yield Segment(self.sequence, self.start, self.stop, whole.decode(), self.prev_digest, self.digest())
+        yield Segment(self.sequence, self.start, self.stop, whole.decode(), len(whole), self.prev_digest, self.digest())
 
     def decode(self, text: str) -> Iterator[None]:
         """Reads a segment's records; yields after each piece.

@@ -13,9 +13,11 @@ from ktrdr_async.errors import ParameterError
 class CheckpointPolicy:
     """Due after N bars or M seconds, whichever comes first; but saves take no more than a share of the run's time.
 
-    Lost work is bounded by the larger of the interval and `save_seconds / max_overhead`. The share is kept between each
-    two
-    saves: after one that took s seconds, the next is due s / max_overhead seconds later at the earliest.
+    The share is kept between each two saves: after one that took s seconds, the next is due s / max_overhead seconds
+    later at the earliest; and one that is expected to take s seconds isn't due for its bars alone before the run has
+    gone on for s / max_overhead seconds, the first one neither. A run that makes records faster than they can be saved
+    at that share is saved each `time_interval_seconds` only: lost work is bounded by the largest of the interval,
+    `save_seconds / max_overhead` and that time.
 
     Args:
         unit_interval: bars, >= 1.
@@ -27,7 +29,16 @@ class CheckpointPolicy:
         ParameterError: if one of them is out of its range.
     """
 
-    __slots__ = ("_bar", "_clock", "_pause", "_time", "max_overhead", "time_interval_seconds", "unit_interval")
+    __slots__ = (
+        "_bar",
+        "_clock",
+        "_expected",
+        "_pause",
+        "_time",
+        "max_overhead",
+        "time_interval_seconds",
+        "unit_interval",
+    )
 
     def __init__(
         self,
@@ -48,6 +59,7 @@ class CheckpointPolicy:
         self._clock = clock
         self._bar = -1  # last bar that is safe, or needs no saving: bar 0's predecessor
         self._time = clock()  # when it was saved, or the run began
+        self._expected = 0.0  # seconds that a save would take now
         self._pause = 0.0  # seconds after that before the share permits another save
 
     def start(self, bar_index: int = -1) -> None:
@@ -55,13 +67,19 @@ class CheckpointPolicy:
         self._bar = bar_index
         self._time = self._clock()
 
+    def expect(self, save_seconds: float) -> None:
+        """What a save would take now, as far as the caller can tell; 0 where nobody says."""
+        self._expected = save_seconds
+
     def should_checkpoint(self, bar_index: int, force: bool = False) -> bool:
         """Whether a checkpoint of the boundary after this bar (absolute index) is due; `force` says yes always."""
         if force:
             return True
         # The clock is read only where bars or the pause leave it to decide: this is asked every 100 bars.
         if bar_index - self._bar >= self.unit_interval:
-            return self._pause == 0.0 or self._clock() - self._time >= self._pause
+            pause = self._pause if self.max_overhead is None else max(self._pause, self._expected / self.max_overhead)
+            if pause == 0.0 or self._clock() - self._time >= pause:
+                return True
         return self._clock() - self._time >= max(self.time_interval_seconds, self._pause)
 
     def record_checkpoint(self, bar_index: int, save_seconds: float = 0.0) -> None:

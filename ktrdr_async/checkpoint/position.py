@@ -48,7 +48,7 @@ class LoadedLedger(msgspec.Struct, frozen=True):
 
 
 class Write(msgspec.Struct, frozen=True):
-    """One guarded statement, ready to be sent, and sent again with the same bytes."""
+    """One guarded statement, ready to be sent, and sent again with the same bytes; large ones with a part before."""
 
     query: str
     arguments: tuple[Any, ...]
@@ -58,3 +58,4 @@ class Write(msgspec.Struct, frozen=True):
     segments: int
     status: Status | None = None  # what the operation ends as; None: a save
     result_digest: str | None = None
+    before_it: tuple[tuple[Any, ...], ...] = ()  # segments that are sent before, each as the columns of one row

@@ -31,7 +31,7 @@ class CheckpointType(StrEnum):
     SHUTDOWN = "shutdown"  # the worker is leaving
 
 
-class EquitySample(msgspec.Struct, frozen=True, array_like=True):
+class EquitySample(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A point of the equity curve, for people: nothing reads it back."""
 
     bar: int
@@ -39,7 +39,7 @@ class EquitySample(msgspec.Struct, frozen=True, array_like=True):
     equity: float  # account currency
 
 
-class RecordedValue(msgspec.Struct, frozen=True, array_like=True):
+class RecordedValue(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One `bar.record(name=value)`; what JSON can't hold is spelled: "nan", "inf", "-inf", "-0.0"."""
 
     bar: int

@@ -6,6 +6,7 @@ row's lock, which waits for the old statement, and a look at the head afterwards
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -51,7 +52,7 @@ async def build_save(claim: Claim, position: Position, state: BacktestCheckpoint
     segments, grown = await _encode_segments(claim.operation_id, position, state)
     head, after = await one_piece(lambda: _encode_head(claim.operation_id, grown, state, kind))
     query = "save_checkpoint" if position.revision else "save_first_checkpoint"
-    arguments = (*_head_arguments(head, after, kind), *segment_rows(segments))
+    arguments = (*_head_arguments(head, after, kind), *segment_rows(segments[-1:]))
     return _write(query, claim, (position, after), arguments, (head.state,), segments)
 
 
@@ -69,7 +70,7 @@ async def build_completion(
     if state is not None:
         segments, after = await _encode_segments(claim.operation_id, position, state)
     text = await one_piece(lambda: to_json(result))
-    arguments = (*segment_rows(segments), text, result_digest, after.segments, after.tip)
+    arguments = (*segment_rows(segments[-1:]), text, result_digest, after.segments, after.tip)
     ending = {"status": Status.COMPLETED, "result_digest": result_digest}
     return _write("finish_completed", claim, (position, after), arguments, (text,), segments, **ending)
 
@@ -95,7 +96,7 @@ async def build_ending(
     segments, grown = await _encode_segments(claim.operation_id, position, state)
     head, after = await one_piece(lambda: _encode_head(claim.operation_id, grown, state, kind))
     query = "finish_with_checkpoint" if position.revision else "finish_with_first_checkpoint"
-    arguments = (*_head_arguments(head, after, kind), *segment_rows(segments), status.value, text)
+    arguments = (*_head_arguments(head, after, kind), *segment_rows(segments[-1:]), status.value, text)
     return _write(query, claim, (position, after), arguments, (head.state, text or ""), segments, status=status)
 
 
@@ -109,14 +110,15 @@ def _write(
     **ending: Any,
 ) -> Write:
     before, after = step
-    size = sum(len(text.encode()) for text in texts) + sum(len(segment.records.encode()) for segment in segments)
+    size = sum(len(text.encode()) for text in texts) + sum(segment.bytes for segment in segments)
     if size > MAX_WRITE_BYTES:
         raise CheckpointTooLargeError(
             claim.operation_id,
             f"{size} bytes since the last save are more than the {MAX_WRITE_BYTES} that one save can hold",
         )
     arguments = (claim.operation_id, claim.epoch, claim.token, before.revision, before.digest, *rest)
-    return Write(query, arguments, before, after, size, len(segments), **ending)
+    early = tuple(segment_rows([segment]) for segment in segments[:-1])
+    return Write(query, arguments, before, after, size, len(segments), before_it=early, **ending)
 
 
 def _head_arguments(head: EncodedHead, after: Position, kind: CheckpointType) -> tuple[Any, ...]:
@@ -189,6 +191,10 @@ def _unstorable(operation_id: str, error: InputError) -> NoReturn:
     raise kind(operation_id, f"the checkpoint can't be stored: {error.message}") from error
 
 
+class _Unwritten(Exception):  # noqa: N818 - never leaves this module
+    """Takes back the segments that were sent before a statement that found nothing to write to."""
+
+
 class Delivery:
     """One write on its way: sent, looked for when in doubt, sent again.
 
@@ -221,7 +227,7 @@ class Delivery:
                 return
             self.sent = True
             try:
-                row = await connection.fetchrow(self._database.sql(self.write.query), *self.write.arguments)
+                row = await self._send(connection)
             except asyncpg.UniqueViolationError as error:
                 # A head or segment is there already: an earlier try of this very statement, or a conflict.
                 if await self.look(connection):
@@ -245,6 +251,26 @@ class Delivery:
                 raise self._conflict()
             return
         raise CheckpointError(named, f"{CONTENTIONS} writes of operation {named} in a row met a serialization failure")
+
+    async def _send(self, connection: Any) -> Any:
+        """The statement's row. Segments go one by one, as the driver holds the loop for all that it is given at once.
+
+        Then it is one transaction, which holds the operation's row from its first statement on: all of it lands, or
+        nothing. An owner that stops in the middle of it doesn't hold the row for ever.
+        """
+        sql, write = self._database.sql, self.write
+        if not write.before_it:
+            return await connection.fetchrow(sql(write.query), *write.arguments)
+        row = None
+        with contextlib.suppress(_Unwritten):
+            async with connection.transaction(isolation="read_committed"):
+                await connection.execute(sql("bound_idleness"))
+                for columns in write.before_it:
+                    await connection.execute(sql("add_segments"), *write.arguments[:3], *columns)
+                row = await connection.fetchrow(sql(write.query), *write.arguments)
+                if not row["written"]:
+                    raise _Unwritten
+        return row
 
     async def look(self, connection: Any) -> bool:
         """Whether it is durable. Lock and look are two statements: one snapshot for both would be from before the wait.

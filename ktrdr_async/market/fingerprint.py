@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 _FORMAT = "ktrdr-bars-1"
-_PIECE = 16_384  # rows that are laid out at a time, so that hashing needs little memory
+_PIECE_BYTES = 262_144  # that are laid out at a time, and at most are hashed once more for a prefix of what was hashed
 
 
 class PrefixHash:
     """Hashes rows in canonical bytes: little-endian, row after row, so that a prefix of the rows is one of the bytes.
 
-    A running hash is kept for every position that was asked for last and at every piece, so a growing `upto` costs the
-    new rows alone. It changes nothing that the caller sees, and may be used from several threads.
+    A running hash is kept at every piece, so any prefix of what was hashed before costs at most one piece. It changes
+    nothing that the caller sees, and may be used from several threads.
 
     Args:
         timestamps: int64[n].
@@ -35,28 +35,28 @@ class PrefixHash:
         self._timestamps = timestamps
         self._columns = columns
         self._width = 1 + sum(1 if column.ndim == 1 else column.shape[1] for column in columns)
-        start = hashlib.sha256(msgspec.json.encode([_FORMAT, header]) + b"\n")
-        self._known = [(0, start)]  # (rows hashed, hash), ascending
-        self._latest = (0, start)
+        self._piece = max(1, _PIECE_BYTES // (8 * self._width))  # rows
+        self._known = [hashlib.sha256(msgspec.json.encode([_FORMAT, header]) + b"\n")]  # after 0, 1, 2, ... pieces
+        self._whole: str | None = None  # of all rows
         self._lock = threading.Lock()
 
     def hexdigest(self, rows: int) -> str:
         """Returns the SHA-256 of the header and the first `rows` rows."""
         with self._lock:
-            done, running = self._latest
-            if rows < done:
-                done, running = next(known for known in reversed(self._known) if known[0] <= rows)
-            if done < rows:
-                running = running.copy()
-            while done < rows:
-                end = min(rows, done - done % _PIECE + _PIECE)
-                running.update(self._bytes(done, end))
-                done = end
-                if done % _PIECE == 0 and done > self._known[-1][0]:
-                    self._known.append((done, running.copy()))
-            if done > self._latest[0]:
-                self._latest = (done, running)
-            return running.hexdigest()
+            whole, size = rows == len(self._timestamps), self._piece
+            if whole and self._whole is not None:
+                return self._whole
+            for number in range(len(self._known), rows // size + 1):
+                grown = self._known[-1].copy()
+                grown.update(self._bytes((number - 1) * size, number * size))
+                self._known.append(grown)
+            rest = rows % size
+            running = self._known[rows // size].copy()
+            if rest:
+                running.update(self._bytes(rows - rest, rows))
+            found = running.hexdigest()
+            self._whole = found if whole else self._whole
+            return found
 
     def _bytes(self, start: int, end: int) -> memoryview:
         rows = np.empty((end - start, self._width), dtype="<f8")

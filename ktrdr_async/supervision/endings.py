@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -73,22 +74,40 @@ class Endings:
         return FINAL_SAVE_SECONDS / 2
 
     async def write(
-        self, end: End, kind: CheckpointType | None, state: BacktestCheckpointState | None, error: BaseException
+        self,
+        end: End,
+        kind: CheckpointType | None,
+        build: Callable[[], Awaitable[BacktestCheckpointState]] | None,
+        error: BaseException,
     ) -> asyncio.CancelledError | None:
-        """Writes status and state in one statement; gives the cancellation that came meanwhile.
+        """Builds the state and writes it with the status, in one statement; gives the cancellation that came meanwhile.
 
-        What goes wrong becomes a note on `error`, and is owed.
+        What goes wrong becomes a note on `error`, and is owed. Where the state can't be built, the status is written.
         """
-        done = await finish(
-            lambda: self._checkpoints.finish(
+        clock = asyncio.get_running_loop().time
+        state: BacktestCheckpointState | None = None
+
+        async def write() -> None:
+            nonlocal build, state
+            started = clock()
+            if build is not None and state is None:
+                try:
+                    state = await build()
+                except Exception as broken:
+                    build = None
+                    logger.exception("%s: its last boundary can't be saved", self.operation_id)
+                    error.add_note(note_of(self.operation_id, broken))
+            seconds = self.patience if self.hurried else FINAL_SAVE_SECONDS
+            await self._checkpoints.finish(
                 end.status,
                 state=state,
                 checkpoint_type=kind,
                 error=end.error,
-                deadline=self.patience if self.hurried else FINAL_SAVE_SECONDS,
+                deadline=seconds - (clock() - started),
                 through=self._last_line,
             )
-        )
+
+        done = await finish(write)
         if done.error is None:
             self.owed = None
             self._statistics.checkpoints_saved += state is not None

@@ -10,21 +10,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import msgspec
 
-from ktrdr_async.backtesting.checkpoint_builder import (
-    Since,
-    build_backtest_checkpoint_state,
-    build_closing_state,
-    build_final_state,
-)
+from ktrdr_async.backtesting.checkpoint_builder import Since, at_once, checkpoint_steps, closing_steps, final_steps
 from ktrdr_async.backtesting.provenance import prepare_manifests
 from ktrdr_async.backtesting.results import BacktestResults, Outcome, RunStatistics
+from ktrdr_async.checkpoint.pieces import in_pieces, together
 from ktrdr_async.checkpoint.schemas import BacktestCheckpointState, CheckpointType
 from ktrdr_async.errors import (
     CancellationError,
@@ -56,6 +52,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ktrdr_async.supervision")
 
 COMPLETION_SECONDS = 60.0
+MOST_UNSAVED = 500_000  # records, above which a save is due whatever its share: a last one must come in time
+_SAVE_SECONDS, _RECORD_SECONDS = 0.005, 5e-6  # what a save is expected to take, and more for each new record of it
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 30.0  # seconds between tries of a periodic save that failed
 
 
@@ -154,14 +152,18 @@ class Supervisor:
                     self._block = block
                     if self._told_to_end():  # and the strategy has swallowed it
                         raise asyncio.CancelledError
-                    if self._due(block.bar_index) or (start.inherited and self.ends.checkpoint_bar is None):
+                    if self._due(block) or (start.inherited and self.ends.checkpoint_bar is None):
                         await self._save(CheckpointType.PERIODIC)
                     if self._mailbox.waiting:
                         await self._answer()
                     if self._throttle is not None:
                         await self._slow_down(block.bar_index, self._throttle)
             self._finish_statistics()
-            results, outcome, closing = await self._turn.offload(self._results)
+            self._turn.leave()
+            closing = await _built(closing_steps(self._engine, self._since()))
+            final = await _built(final_steps(self._engine)) if self._keep_state else None
+            results, outcome = await self._turn.offload(self._results)
+            outcome.final_state = final
         except asyncio.CancelledError as error:
             if self._told_to_end():
                 await self.end_cancelled(error)
@@ -218,13 +220,11 @@ class Supervisor:
     def _all_accepted(self) -> list[str]:
         return [*self._accepted, *([] if self._inherited else self._engine.accepted)]
 
-    def _results(self) -> tuple[BacktestResults, Outcome, BacktestCheckpointState]:
-        """All that a completion needs, in a thread: digest, figures, and the records since the last save."""
+    def _results(self) -> tuple[BacktestResults, Outcome]:
+        """What the run came to, in a thread: digest and figures."""
         results = self._engine.results()
         results.run, results.accepted_mismatches = self.statistics, tuple(self._all_accepted())
-        outcome, closing = results.outcome(), build_closing_state(self._engine, self._since())
-        outcome.final_state = build_final_state(self._engine) if self._keep_state else None
-        return results, outcome, closing
+        return results, results.outcome()
 
     def _finish_statistics(self) -> None:
         if not self._counted:
@@ -241,16 +241,23 @@ class Supervisor:
 
     # Checkpoints while it runs.
 
-    def _due(self, bar_index: int) -> bool:
+    def _due(self, block: Block) -> bool:
         if self._retry_at is not None:
             return self._clock() >= self._retry_at
-        return self._policy.should_checkpoint(bar_index)
+        saved = self._checkpoints.acknowledged
+        new = block.fills - saved.ledger + len(self._engine.portfolio.recorded) - saved.recorded
+        self._policy.expect(_SAVE_SECONDS + _RECORD_SECONDS * new)
+        return self._policy.should_checkpoint(block.bar_index, force=new > MOST_UNSAVED)
 
-    def _state(self) -> BacktestCheckpointState:
-        boundary, bars = self._engine.boundary, self._engine.bars
-        state = build_backtest_checkpoint_state(
-            self._engine, boundary.bar_index, int(bars.timestamps[boundary.bar_index]), since=self._since()
-        )
+    async def _state(self) -> BacktestCheckpointState:
+        """The last boundary's, in pieces: the engine stands, and the turn is others' meanwhile."""
+        return self._signed(await _built(self._steps()))
+
+    def _steps(self) -> Iterator[BacktestCheckpointState | None]:
+        bar = self._engine.boundary.bar_index
+        return checkpoint_steps(self._engine, bar, int(self._engine.bars.timestamps[bar]), since=self._since())
+
+    def _signed(self, state: BacktestCheckpointState) -> BacktestCheckpointState:
         state.resumed_from, state.accepted_mismatches = list(self.statistics.resumed_from), self._all_accepted()
         return state
 
@@ -262,8 +269,8 @@ class Supervisor:
         """A save at a boundary. One that fails doesn't end the run: it is counted and tried again after a while."""
         bar = self._engine.boundary.bar_index
         started = self._clock()  # making the state is a part of what a save costs
-        state = self._state()
         self._turn.leave()
+        state = await self._state()
         done = await finish(
             lambda: self._checkpoints.save_checkpoint(self.operation_id, kind, state), patience=self.ends.patience
         )
@@ -320,7 +327,11 @@ class Supervisor:
 
     async def abandon(self) -> None:
         """Saves the last boundary of a run whose task doesn't end, as its strategy lets no cancellation through."""
-        state = self._state() if self._engine.boundary.bar_index >= 0 else None
+
+        async def build() -> BacktestCheckpointState:
+            return self._signed(at_once(self._steps()))  # not in pieces: this engine may move meanwhile
+
+        state = build if self._engine.boundary.bar_index >= 0 else None
         await self.ends.write(End(Status.INTERRUPTED), CheckpointType.SHUTDOWN, state, CancellationError("", ""))
 
     async def _complete(
@@ -434,14 +445,12 @@ class Supervisor:
     async def _write_end(self, end: End, kind: CheckpointType, error: BaseException) -> asyncio.CancelledError | None:
         """Writes status and last boundary in one statement. What goes wrong becomes a note on `error`."""
         self._turn.leave()
-        state: BacktestCheckpointState | None = None
-        try:
-            if self._engine.boundary.bar_index >= 0:
-                state = self._state()
-        except Exception as broken:
-            logger.exception("%s: its last boundary can't be saved", self.operation_id)
-            error.add_note(note_of(self.operation_id, broken))
-        return await self.ends.write(end, kind, state, error)
+        return await self.ends.write(end, kind, self._state if self._engine.boundary.bar_index >= 0 else None, error)
+
+
+async def _built(steps: Iterator[BacktestCheckpointState | None]) -> BacktestCheckpointState:
+    (state,) = await in_pieces(together(steps))
+    return state
 
 
 def _cancelled_itself() -> StrategyError:

@@ -92,6 +92,58 @@ def test_saves_take_no_more_than_their_share(clock: Clock, overhead: float, save
     assert lost <= max(save / 50, save / overhead) + save / 49
 
 
+def test_what_is_expected_to_take_long_waits_the_first_save_too(clock: Clock) -> None:
+    policy = CheckpointPolicy(100, 300, 0.05, clock)
+    policy.expect(0.01)
+    assert not policy.should_checkpoint(99)
+    clock.now += 0.19
+    policy.expect(0.01)
+    assert not policy.should_checkpoint(199)
+    clock.now += 0.02
+    policy.expect(0.01)
+    assert policy.should_checkpoint(299)
+    policy.expect(0.02)
+    assert not policy.should_checkpoint(299)
+    policy.record_checkpoint(299, 0.05)  # it took longer: that counts as well
+    clock.now += 0.9
+    policy.expect(0.01)
+    assert not policy.should_checkpoint(399)
+    clock.now += 0.2
+    policy.expect(0.01)
+    assert policy.should_checkpoint(399)
+
+
+def test_after_its_time_a_save_is_due_whatever_it_is_expected_to_take(clock: Clock) -> None:
+    policy = CheckpointPolicy(100, 300, 0.05, clock)
+    clock.now += 299
+    policy.expect(100.0)
+    assert not policy.should_checkpoint(10_000)
+    clock.now += 1
+    policy.expect(100.0)
+    assert policy.should_checkpoint(10_000)
+    plain = CheckpointPolicy(100, 300, None, clock)
+    plain.expect(100.0)
+    assert plain.should_checkpoint(99)
+
+
+@pytest.mark.parametrize("dear", [0.0, 1e-6, 4e-6, 6e-6, 1e-4])
+def test_saves_whose_cost_grows_with_what_is_new_keep_the_share(clock: Clock, dear: float) -> None:
+    """`dear`: seconds that saving a bar takes; computing it takes 0.1 ms. Above the share none is due."""
+    policy = CheckpointPolicy(10_000, 1e9, 0.05, clock)
+    spent, last, began = 0.0, -1, clock.now
+    for bar in range(99, 3_000_000, 100):
+        clock.now += 0.01
+        takes = 0.005 + dear * (bar - last)
+        policy.expect(takes)
+        if policy.should_checkpoint(bar):
+            clock.now += takes
+            spent += takes
+            policy.record_checkpoint(bar, takes)
+            last = bar
+    assert spent <= 0.05 * (clock.now - began)
+    assert (spent > 0) == (dear < 5e-6)
+
+
 def test_the_plain_rule_saves_however_long_it_takes(clock: Clock) -> None:
     policy = CheckpointPolicy(100, 300, None, clock)
     policy.record_checkpoint(99, 1000.0)

@@ -97,7 +97,7 @@ async def test_a_save_with_nothing_new_writes_a_head_and_no_segment(database: Da
     assert await segments_of(database) == []
 
 
-async def test_long_stretches_become_several_segments_in_one_statement(database: Database) -> None:
+async def test_long_stretches_become_several_segments_of_one_save(database: Database) -> None:
     _, _, service = await claimed(database)
     receipt = await service.save_checkpoint("op", PERIODIC, state(99, 2 * SEGMENT_LIMIT + 1))
     assert receipt.segments == 3

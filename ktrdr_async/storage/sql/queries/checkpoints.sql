@@ -61,6 +61,25 @@ WITH own AS (
 SELECT (SELECT count(*) FROM own) AS own, (SELECT count(*) FROM head) AS head, (SELECT count(*) FROM segments) AS segments,
     (SELECT count(*) FROM beat) AS written;
 
+-- name: add_segments
+-- The first segments of a save or an ending that has many, in one transaction with its own statement, which comes last and
+-- says whether all of it is written: the driver holds the loop for as much as one statement has.
+WITH own AS (
+    SELECT operation_id FROM ktrdr.operations
+    WHERE operation_id = $1::text AND epoch = $2::bigint AND owner_token = $3::uuid AND status = 'running' FOR NO KEY UPDATE
+)
+INSERT INTO ktrdr.ledger_segments (operation_id, sequence, ledger_from, ledger_to, samples_from, samples_to,
+    recorded_from, recorded_to, records, prev_digest, digest)
+SELECT own.operation_id, s.sequence, s.ledger_from, s.ledger_to, s.samples_from, s.samples_to,
+    s.recorded_from, s.recorded_to, s.records::jsonb, s.prev_digest, s.digest
+FROM own CROSS JOIN unnest($4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[], $9::bigint[],
+    $10::bigint[], $11::text[], $12::text[], $13::text[]) AS s (sequence, ledger_from, ledger_to, samples_from,
+    samples_to, recorded_from, recorded_to, records, prev_digest, digest);
+
+-- name: bound_idleness
+-- Of that transaction: an owner that stops in it (and isn't dead) would else hold the row against the next one.
+SELECT set_config('idle_in_transaction_session_timeout', '10000', true);
+
 -- name: lock_operation
 -- First of the two statements that resolve a save in doubt: its lock waits for the statement that may still be running.
 SELECT status, epoch, owner_token, result_digest, cancel_epoch FROM ktrdr.operations

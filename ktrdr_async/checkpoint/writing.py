@@ -258,16 +258,16 @@ class Delivery:
         Then it is one transaction, which holds the operation's row from its first statement on: all of it lands, or
         nothing. An owner that stops in the middle of it doesn't hold the row for ever.
         """
-        sql, write = self._database.sql, self.write
+        write = self.write
         if not write.before_it:
-            return await connection.fetchrow(sql(write.query), *write.arguments)
+            return await connection.fetchrow(self._database.sql(write.query), *write.arguments)
         row = None
         with contextlib.suppress(_Unwritten):
             async with connection.transaction(isolation="read_committed"):
-                await connection.execute(sql("bound_idleness"))
+                await connection.execute(self._database.sql("bound_idleness"))
                 for columns in write.before_it:
-                    await connection.execute(sql("add_segments"), *write.arguments[:3], *columns)
-                row = await connection.fetchrow(sql(write.query), *write.arguments)
+                    await connection.execute(self._database.sql("add_segments"), *write.arguments[:3], *columns)
+                row = await connection.fetchrow(self._database.sql(write.query), *write.arguments)
                 if not row["written"]:
                     raise _Unwritten
         return row

@@ -38,7 +38,7 @@ class Kept:
 
     def money(self, which: int) -> list[float]:
         """Cash or equity, at each."""
-        return self.floats[:, which].tolist()  # type: ignore[no-any-return]
+        return self.floats[:, packed.TERMS + which].tolist()  # type: ignore[no-any-return]
 
     def trades(self) -> list[int]:
         """Trades that have ended, at each."""
@@ -46,8 +46,8 @@ class Kept:
 
     def boundary(self, m: int, recorded: int, strategy_state: bytes | None) -> Boundary:
         """The m-th one, whole."""
-        ints, floats = self.ints[m], np.append(np.zeros(packed.TERMS), self.floats[m])
-        book = packed.book_of(ints, floats, (len(ints) - 1 - ex.TALLIES) // 5)
+        ints = self.ints[m]
+        book = packed.book_of(ints, self.floats[m], (len(ints) - packed.ints_kept(0)) // 5)
         lists = ex.Book(*(column.tolist() for column in book))
         return Boundary(self.ends[m], lists, self._events + int(ints[0]), recorded, strategy_state)
 
@@ -57,12 +57,12 @@ class Memory:
 
     def __init__(self, terms: ex.Terms, cash: float, k: int, size: int) -> None:
         self.ints = np.zeros(packed.ints_kept(k) + packed.INTS * size, np.int64)
-        self.floats = np.zeros(packed.TERMS + packed.floats_kept(k) + packed.FLOATS * size)
+        self.floats = np.zeros(packed.floats_kept(k) + packed.FLOATS * size)
         self.floats[: packed.TERMS] = terms
         self.book = packed.book_of(self.ints, self.floats, k)
         self.fills = packed.fills_of(self.ints, self.floats, k)
         self._kept_ints = self.ints[None, : packed.ints_kept(k)]
-        self._kept_floats = self.floats[None, packed.TERMS : packed.TERMS + packed.floats_kept(k)]
+        self._kept_floats = self.floats[None, : packed.floats_kept(k)]
         for mine, column in zip(self.book, new_book(cash, k), strict=True):
             mine[:] = column
 

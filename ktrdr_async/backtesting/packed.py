@@ -20,8 +20,8 @@ def ints_kept(k: int) -> int:
 
 
 def floats_kept(k: int) -> int:
-    """How many floats an account of k symbols has, after its terms."""
-    return 2 + 3 * k
+    """How many floats an account of k symbols has, its terms among them."""
+    return TERMS + 2 + 3 * k
 
 
 def book_of(ints: ex.Ints, floats: ex.Floats, k: int) -> ex.Book:
@@ -44,8 +44,8 @@ def book_of(ints: ex.Ints, floats: ex.Floats, k: int) -> ex.Book:
 
 def fills_of(ints: ex.Ints, floats: ex.Floats, k: int) -> ex.Fills:
     """The room for fills, as views."""
-    i = 1 + ex.TALLIES + 5 * k
-    f = TERMS + 2 + 3 * k
+    i = ints_kept(k)
+    f = floats_kept(k)
     size = (len(ints) - i) // INTS
     return ex.Fills(
         ints[0:1],
@@ -131,9 +131,9 @@ def advance_blocks(
         if failed >= 0:
             return failed
         if m < len(ends):
-            for i in range(1 + ex.TALLIES + 5 * k):
+            for i in range(ints_kept(k)):
                 kept_ints[m, i] = ints[i]
-            for i in range(2 + 3 * k):
-                kept_floats[m, i] = floats[TERMS + i]
+            for i in range(floats_kept(k)):
+                kept_floats[m, i] = floats[i]
         bar = end
     return -1

@@ -1,8 +1,8 @@
 """The account of one run: all mutable state of the engine is named here, and a boundary carries all of it.
 
 What a run changes is: the `Book` (cash, lots, marks, waiting orders, counts), the ledger's events, the recorded
-values, the
-table of tags, and the strategy's `state`. Everything else (equity, trades, excursions) follows from these and the bars.
+values, the table of tags, and the strategy's `state`. Everything else (equity, trades, excursions) follows from these
+and the bars.
 """
 
 from __future__ import annotations

@@ -193,6 +193,24 @@ async def test_ruin_ends_what_is_held_while_nobody_looks_closer(compiled: None, 
     assert held[26].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("tier", ["interpreted", "compiled"])
+async def test_at_the_end_what_the_closing_step_closed_is_no_longer_held(compiled: None, tier: Any) -> None:
+    class Last(kt.Strategy):
+        def on_bar(self, bar: kt.Bar) -> None:
+            bar.record(held=bar.portfolio[0].quantity, cash=bar.portfolio.cash)
+            if bar.index == 1:
+                bar.target_quantity(0, 5.0)
+
+        def on_end(self, bar: kt.Bar) -> None:
+            bar.record(held_at_end=bar.portfolio[0].quantity, cash_at_end=bar.portfolio.cash)
+
+    engine = kt.BacktestingEngine(kt.BacktestRequest(), flat_bars([100.0] * 9), Last(), tier=tier)
+    results = await finish(engine, audited=False)
+    last = results.recorded.iloc[-1]
+    assert (last["held"], last["held_at_end"]) == (5.0, 0.0)
+    assert last["cash_at_end"] == results.ledger[-1].cash_after > last["cash"]
+
+
 async def test_looks_at_units_compute_the_account_only_where_something_happens(compiled: None) -> None:
     bars, computed = hourly(2_000), []
 
